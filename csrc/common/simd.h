@@ -1,0 +1,223 @@
+// Vectors of one instruction-set level, on the compiler's vector extension: one source serves SSE2, NEON, AVX2 and AVX-512.
+//
+// Only for files that CMakeLists.txt compiles once per level. Everything sits in an unnamed namespace, so that no function
+// compiled for a higher level can replace one of a lower level at link time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "numeric.h"
+#include "philox.h"
+
+#if defined(__AVX512F__)
+#define PEFTOPS_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define PEFTOPS_VECTOR_BYTES 32
+#else
+#define PEFTOPS_VECTOR_BYTES 16
+#endif
+
+namespace peftops {
+namespace {
+
+template <class T>
+struct VectorOf;
+#define PEFTOPS_VECTOR(T)                                             \
+  template <>                                                         \
+  struct VectorOf<T> {                                                \
+    typedef T type __attribute__((vector_size(PEFTOPS_VECTOR_BYTES))); \
+  };
+PEFTOPS_VECTOR(float)
+PEFTOPS_VECTOR(double)
+PEFTOPS_VECTOR(uint32_t)
+PEFTOPS_VECTOR(int32_t)
+PEFTOPS_VECTOR(int64_t)
+#undef PEFTOPS_VECTOR
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+template <class T>
+constexpr int64_t kLanes = PEFTOPS_VECTOR_BYTES / sizeof(T);
+
+// Sixteen-bit values, as many as a vector has floats.
+typedef uint16_t HalfVector __attribute__((vector_size(PEFTOPS_VECTOR_BYTES / 2)));
+
+template <class V, class T>
+inline V load_raw(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+inline void store_raw(T* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Accumulator type of a storage type: float32, and float64 for float64.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+// A full vector of accumulators from memory.
+inline Vector<float> load(const float* from) { return load_raw<Vector<float>>(from); }
+inline Vector<double> load(const double* from) { return load_raw<Vector<double>>(from); }
+inline Vector<float> load(const bfloat16* from) {
+  return bit_cast<Vector<float>>(__builtin_convertvector(load_raw<HalfVector>(from), Vector<uint32_t>) << 16);
+}
+inline Vector<float> load(const float16* from) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_cvtph_ps((__m256i)load_raw<HalfVector>(from));
+#elif defined(__F16C__)
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)load_raw<HalfVector>(from));
+#else
+  Vector<float> v;
+  for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = to_float(from[i]);
+  return v;
+#endif
+}
+
+// One rounding, to nearest even.
+inline void store(float* to, Vector<float> v) { store_raw(to, v); }
+inline void store(double* to, Vector<double> v) { store_raw(to, v); }
+inline void store(bfloat16* to, Vector<float> v) {
+  // The instruction for this flushes subnormals, so the rounding is done on integers.
+  const auto bits = bit_cast<Vector<uint32_t>>(v);
+  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto nan = (bits >> 16) | 0x40u;
+  store_raw(to, __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, HalfVector));
+}
+inline void store(float16* to, Vector<float> v) {
+#if defined(__AVX512F__)
+  store_raw(to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  store_raw(to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t i = 0; i < kLanes<float>; ++i) to[i] = to_float16(v[i]);
+#endif
+}
+
+// The first `count` lanes; the others are zero.
+template <class T>
+inline Vector<Accumulator<T>> load_part(const T* from, int64_t count) {
+  T lanes[kLanes<Accumulator<T>>] = {};
+  std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+inline void store_part(T* to, Vector<Accumulator<T>> v, int64_t count) {
+  T lanes[kLanes<Accumulator<T>>];
+  store(lanes, v);
+  std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+inline float one(const float* from) { return *from; }
+inline double one(const double* from) { return *from; }
+inline float one(const bfloat16* from) { return to_float(*from); }
+inline float one(const float16* from) { return to_float(*from); }
+inline void put(float* to, float v) { *to = v; }
+inline void put(double* to, double v) { *to = v; }
+inline void put(bfloat16* to, float v) { *to = to_bfloat16(v); }
+inline void put(float16* to, float v) { *to = to_float16(v); }
+
+template <class V>
+inline auto sum_lanes(V v) {
+  auto sum = v[0];
+  for (size_t i = 1; i < sizeof v / sizeof v[0]; ++i) sum += v[i];
+  return sum;
+}
+#if defined(__AVX512F__)
+inline float sum_lanes(Vector<float> v) { return _mm512_reduce_add_ps((__m512)v); }
+#endif
+
+// Lanes whose bit is clear become zero, NaN and infinity included. `bits` holds one bit per lane, lane 0 first.
+template <class A>
+inline Vector<A> keep(Vector<A> v, uint32_t bits) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return (Vector<A>)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+  else
+    return (Vector<A>)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), (__m512d)v);
+#else
+  using I = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  Vector<I> bit;
+  for (int64_t i = 0; i < kLanes<A>; ++i) bit[i] = I{1} << i;
+  const Vector<I> kept = ((bit & static_cast<I>(bits)) != 0);
+  return bit_cast<Vector<A>>(bit_cast<Vector<I>>(v) & kept);
+#endif
+}
+
+// The keep-bits of the lanes that start at `column`, a multiple of their number, in a row of the mask.
+template <class A>
+inline uint32_t keep_bits(const uint8_t* row, int64_t column) {
+  if constexpr (kLanes<A> == 16)
+    return row[column / 8] | static_cast<uint32_t>(row[column / 8 + 1]) << 8;
+  else
+    return row[column / 8] >> (column % 8);
+}
+
+// Keep-bytes of one row, blocks [begin, begin + count): the vector form of dropout_byte.
+inline void dropout_bytes(uint64_t seed, int64_t row, int64_t begin, int64_t count, uint32_t threshold, uint8_t* out) {
+  int64_t i = 0;
+#if defined(__AVX512BW__) && defined(__BMI2__)
+  if (threshold < 0x10000u) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i m0 = _mm512_set1_epi32(static_cast<int>(kPhiloxMultiplier0)), m1 = _mm512_set1_epi32(static_cast<int>(kPhiloxMultiplier1));
+    const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
+    for (; i + 16 <= count; i += 16) {
+      __m512i c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(begin + i)), lane);
+      __m512i c1 = _mm512_set1_epi32(static_cast<int>(row)), c2 = _mm512_set1_epi32(static_cast<int>(row >> 32)), c3 = _mm512_setzero_si512();
+      uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+      for (int round = 0; round < kPhiloxRounds; ++round) {
+        const __m512i even0 = _mm512_mul_epu32(c0, m0), odd0 = _mm512_mul_epu32(_mm512_srli_epi64(c0, 32), m0);
+        const __m512i even1 = _mm512_mul_epu32(c2, m1), odd1 = _mm512_mul_epu32(_mm512_srli_epi64(c2, 32), m1);
+        const __m512i high0 = _mm512_mask_mov_epi32(_mm512_srli_epi64(even0, 32), 0xaaaa, odd0);
+        const __m512i high1 = _mm512_mask_mov_epi32(_mm512_srli_epi64(even1, 32), 0xaaaa, odd1);
+        const __m512i low0 = _mm512_mask_mov_epi32(even0, 0xaaaa, _mm512_slli_epi64(odd0, 32));
+        const __m512i low1 = _mm512_mask_mov_epi32(even1, 0xaaaa, _mm512_slli_epi64(odd1, 32));
+        c0 = _mm512_ternarylogic_epi32(high1, c1, _mm512_set1_epi32(static_cast<int>(k0)), 0x96);
+        c1 = low1;
+        c2 = _mm512_ternarylogic_epi32(high0, c3, _mm512_set1_epi32(static_cast<int>(k1)), 0x96);
+        c3 = low0;
+        k0 += kPhiloxWeyl0;
+        k1 += kPhiloxWeyl1;
+      }
+      // Each comparison gives two bits per block; pdep spreads them over the blocks' bytes.
+      const uint64_t b0 = _mm512_cmpge_epu16_mask(c0, limit), b1 = _mm512_cmpge_epu16_mask(c1, limit);
+      const uint64_t b2 = _mm512_cmpge_epu16_mask(c2, limit), b3 = _mm512_cmpge_epu16_mask(c3, limit);
+      for (int half = 0; half < 2; ++half) {
+        const int shift = 16 * half;
+        const uint64_t bytes = _pdep_u64(b0 >> shift, 0x0303030303030303ull) | _pdep_u64(b1 >> shift, 0x0c0c0c0c0c0c0c0cull) |
+                               _pdep_u64(b2 >> shift, 0x3030303030303030ull) | _pdep_u64(b3 >> shift, 0xc0c0c0c0c0c0c0c0ull);
+        std::memcpy(out + i + 8 * half, &bytes, sizeof bytes);
+      }
+    }
+  }
+#endif
+  for (; i < count; ++i) out[i] = dropout_byte(seed, row, begin + i, threshold);
+}
+
+}  // namespace
+}  // namespace peftops

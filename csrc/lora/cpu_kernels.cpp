@@ -1,0 +1,446 @@
+// LoRA on the CPU, compiled once per instruction-set level: PEFTOPS_LEVEL_KERNELS is the name of the level's entry.
+//
+// Tokens go through in blocks: a block of x (or dY) is converted to accumulators (or kept as pairs of bfloat16) in cache, dropout
+// applied on the way, and meets a packed factor in one register-tiled loop, `tile`. All sums run in an order that depends on the
+// shapes alone.
+#include "cpu_kernels.h"
+
+#include <cstddef>
+
+#include "../common/simd.h"
+#include "plan.h"
+
+namespace peftops::lora {
+namespace {
+
+// Sixteen vector registers hold half the accumulators that thirty-two do.
+constexpr int kTile = PEFTOPS_VECTOR_BYTES == 64 ? 16 : 8;
+
+// Products of accumulators.
+template <class A>
+struct Wide {
+  using Acc = A;
+  using Element = A;
+  using Operand = Vector<A>;
+  static constexpr int64_t step = 1;
+  static constexpr Arithmetic arithmetic = Arithmetic::wide;
+  static Vector<A> add_product(Vector<A> sum, A x, Operand b) { return sum + x * b; }
+  static A element(A value, A) { return value; }
+};
+
+#ifdef __AVX512BF16__
+// Pairs of bfloat16, the first in the low half.
+struct Dot {
+  using Acc = float;
+  using Element = uint32_t;
+  using Operand = Vector<uint32_t>;
+  static constexpr int64_t step = 2;
+  static constexpr Arithmetic arithmetic = Arithmetic::dot;
+  static Vector<float> add_product(Vector<float> sum, uint32_t x, Operand b) {
+    return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)b);
+  }
+  static uint32_t element(float low, float high) {
+    return to_bfloat16(low).bits | static_cast<uint32_t>(to_bfloat16(high).bits) << 16;
+  }
+};
+#endif
+
+// out[i][v] (+)= sum_k x[i * kXRow + k * kXStep] * packed[k][v]: I rows, V vectors.
+template <class M, int I, int V, int64_t kXRow, int64_t kXStep>
+inline void micro(const typename M::Element* x, const typename M::Element* packed, int64_t packed_stride, int64_t steps,
+                  typename M::Acc* out, int64_t out_stride, bool accumulate) {
+  using A = typename M::Acc;
+  Vector<A> sum[I][V];
+  for (int i = 0; i < I; ++i)
+    for (int v = 0; v < V; ++v) sum[i][v] = accumulate ? load(out + i * out_stride + v * kLanes<A>) : Vector<A>{};
+  for (int64_t k = 0; k < steps; ++k) {
+    typename M::Operand b[V];
+    for (int v = 0; v < V; ++v) b[v] = load_raw<typename M::Operand>(packed + k * packed_stride + v * kLanes<A>);
+    for (int i = 0; i < I; ++i)
+      for (int v = 0; v < V; ++v) sum[i][v] = M::add_product(sum[i][v], x[i * kXRow + k * kXStep], b[v]);
+  }
+  for (int i = 0; i < I; ++i)
+    for (int v = 0; v < V; ++v) store(out + i * out_stride + v * kLanes<A>, sum[i][v]);
+}
+
+// The same for `rows` rows, a multiple of kTile, and `width` columns, a multiple of the vector.
+template <class M, int64_t kXRow, int64_t kXStep>
+void tile(const typename M::Element* x, const typename M::Element* packed, int64_t packed_stride, int64_t steps, typename M::Acc* out,
+          int64_t out_stride, int64_t rows, int64_t width, bool accumulate) {
+  constexpr int64_t lanes = kLanes<typename M::Acc>;
+  int64_t c = 0;
+  const auto sweep = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value, I = kTile / V;
+    for (; c + V * lanes <= width; c += V * lanes)
+      for (int64_t i = 0; i < rows; i += I)
+        micro<M, I, V, kXRow, kXStep>(x + i * kXRow, packed + c, packed_stride, steps, out + i * out_stride + c, out_stride, accumulate);
+  };
+  sweep(std::integral_constant<int, 4>{});
+  sweep(std::integral_constant<int, 2>{});
+  sweep(std::integral_constant<int, 1>{});
+}
+
+// The keep-bits of the `count` lanes that start at `column`; reads no byte beyond them.
+template <class A>
+inline uint32_t keep_bits_part(const uint8_t* row, int64_t column, int64_t count) {
+  uint32_t bits = row[column / 8];
+  if (column % 8 + count > 8) bits |= static_cast<uint32_t>(row[column / 8 + 1]) << 8;
+  return bits >> (column % 8);
+}
+
+// A block of a [rows, features] matrix, masked: accumulators by row, zero beyond `columns` up to the next vector.
+template <class T, class A>
+void unpack(const T* from, int64_t stride, int64_t rows, int64_t columns, const Mask& mask, int64_t mask_row, int64_t mask_column, A* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = from + i * stride;
+    const uint8_t* bits = mask.data ? mask.data + (mask_row + i) * mask.stride : nullptr;
+    A* out = to + i * kColumnChunk;
+    int64_t c = 0;
+    for (; c + kLanes<A> <= columns; c += kLanes<A>) {
+      Vector<A> v = load(row + c);
+      if (bits) v = keep<A>(v, keep_bits<A>(bits, mask_column + c));
+      store(out + c, v);
+    }
+    if (c < columns) {
+      Vector<A> v = load_part(row + c, columns - c);
+      if (bits) v = keep<A>(v, keep_bits_part<A>(bits, mask_column + c, columns - c));
+      store(out + c, v);
+    }
+  }
+}
+
+#ifdef __AVX512BF16__
+// The same as bfloat16, zero beyond `columns` up to the next vector.
+void unpack(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, const Mask& mask, int64_t mask_row, int64_t mask_column,
+            uint32_t* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const bfloat16* row = from + i * stride;
+    const uint8_t* bits = mask.data ? mask.data + (mask_row + i) * mask.stride + mask_column / 8 : nullptr;
+    uint32_t* out = to + i * (kColumnChunk / 2);
+    for (int64_t c = 0; c < columns; c += 32) {
+      const int64_t count = min_of(32, columns - c);
+      uint32_t kept = count == 32 ? ~0u : (1u << count) - 1;
+      if (bits) {
+        uint32_t drawn = 0;
+        std::memcpy(&drawn, bits + c / 8, static_cast<size_t>(ceil_div(count, 8)));
+        kept &= drawn;
+      }
+      _mm512_storeu_si512(out + c / 2, _mm512_maskz_loadu_epi16(kept, row + c));
+    }
+  }
+}
+
+// Rows 2i and 2i + 1 of an unpacked block as pairs: [rows / 2][kColumnChunk].
+void pair_rows(const uint32_t* from, int64_t rows, int64_t columns, uint32_t* to) {
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int64_t i = 0; i < rows; i += 2)
+    for (int64_t c = 0; c < columns; c += 32) {
+      const __m512i a = _mm512_loadu_si512(from + i * (kColumnChunk / 2) + c / 2);
+      const __m512i b = _mm512_loadu_si512(from + (i + 1) * (kColumnChunk / 2) + c / 2);
+      const __m512i even = _mm512_unpacklo_epi16(a, b), odd = _mm512_unpackhi_epi16(a, b);
+      _mm512_storeu_si512(to + (i / 2) * kColumnChunk + c, _mm512_permutex2var_epi64(even, low, odd));
+      _mm512_storeu_si512(to + (i / 2) * kColumnChunk + c + 16, _mm512_permutex2var_epi64(even, high, odd));
+    }
+}
+#endif
+
+// factor value, zero outside.
+template <class F>
+inline auto at(const Factor& f, int64_t rank, int64_t feature) {
+  using A = Accumulator<F>;
+  if (rank >= f.rank || feature >= f.features) return A{0};
+  return one(static_cast<const F*>(f.data) + offset_of(rank, f.rank_stride, feature * f.feature_stride));
+}
+
+template <class M, class F>
+void pack_by_feature(const Factor& f, Packed to, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) {
+    auto* out = static_cast<typename M::Element*>(to.data) + k * to.stride;
+    for (int64_t j = 0; j < to.stride; ++j) out[j] = M::element(at<F>(f, j, k * M::step), at<F>(f, j, k * M::step + 1));
+  }
+}
+
+template <class M, class F>
+void pack_by_rank(const Factor& f, Packed to, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k)
+    for (int64_t j = 0; j < ceil_div(f.rank, M::step); ++j)
+      static_cast<typename M::Element*>(to.data)[j * to.stride + k] = M::element(at<F>(f, j * M::step, k), at<F>(f, j * M::step + 1, k));
+}
+
+// S for the gradient: rows along the contraction, ranks side by side, zero-padded.
+template <class M>
+void pack_rows(const void* s, int64_t rows, int64_t rank, Packed to) {
+  using A = typename M::Acc;
+  const A* from = static_cast<const A*>(s);
+  for (int64_t i = 0; i < ceil_div(rows, M::step); ++i) {
+    auto* out = static_cast<typename M::Element*>(to.data) + i * to.stride;
+    const A* first = from + i * M::step * rank;
+    const bool second = i * M::step + 1 < rows;
+    for (int64_t j = 0; j < to.stride; ++j)
+      out[j] = j < rank ? M::element(first[j], second ? first[rank + j] : A{0}) : typename M::Element{};
+  }
+}
+
+// S for the up-projection: elements along the rank.
+template <class M>
+void pack_ranks(const void* s, int64_t rows, int64_t rank, Packed to) {
+  using A = typename M::Acc;
+  for (int64_t i = 0; i < rows; ++i) {
+    const A* from = static_cast<const A*>(s) + i * rank;
+    auto* out = static_cast<typename M::Element*>(to.data) + i * to.stride;
+    for (int64_t j = 0; j < to.stride; ++j) out[j] = M::element(from[j * M::step], j * M::step + 1 < rank ? from[j * M::step + 1] : A{0});
+  }
+}
+
+template <class M, class T>
+void project(const ProjectTask& t, int64_t begin, int64_t end) {
+  using A = typename M::Acc;
+  using E = typename M::Element;
+  constexpr int64_t kElements = kColumnChunk / M::step;
+  alignas(64) E block[kRowBlock * kElements];
+  alignas(64) A sums[kRowBlock * kRankBlock];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t first = task * kRowBlock, rows = min_of(kRowBlock, t.rows - first), padded = round_up(rows, kTile);
+    std::memset(block + rows * kElements, 0, static_cast<size_t>((padded - rows) * kElements) * sizeof(E));
+    for (int64_t j = 0; j < t.rank; j += kRankBlock) {
+      const int64_t ranks = min_of(kRankBlock, t.rank - j);
+      std::memset(sums, 0, sizeof sums);
+      for (int64_t c = 0; c < t.features; c += kColumnChunk) {
+        const int64_t columns = min_of(kColumnChunk, t.features - c);
+        if (t.draw && j == 0)
+          for (int64_t i = first; i < first + rows; ++i)
+            dropout_bytes(t.seed, i, c / 8, ceil_div(columns, 8), t.threshold, t.mask.data + i * t.mask.stride + c / 8);
+        unpack(static_cast<const T*>(t.x) + offset_of(first, t.x_stride, c), t.x_stride, rows, columns, t.mask, first, c, block);
+        tile<M, kElements, 1>(block, static_cast<const E*>(t.a.data) + (c / M::step) * t.a.stride + j, t.a.stride, ceil_div(columns, M::step),
+                              sums, kRankBlock, padded, round_up(ranks, kLanes<A>), true);
+      }
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < ranks; ++k)
+          static_cast<A*>(t.s)[(first + i) * t.rank + j + k] = static_cast<A>(t.factor) * sums[i * kRankBlock + k];
+    }
+  }
+}
+
+// I rows and V vectors of Y; the last vector holds `last` columns.
+template <class M, class T, int I, int V>
+inline void expand_tile(const ExpandTask& t, int64_t row, int64_t column, int64_t last) {
+  using A = typename M::Acc;
+  using E = typename M::Element;
+  const E* s = static_cast<const E*>(t.s) + row * t.s_stride;
+  const E* b = static_cast<const E*>(t.b.data) + column;
+  Vector<A> sum[I][V] = {};
+  for (int64_t k = 0; k < t.s_stride; ++k) {
+    typename M::Operand operand[V];
+    for (int v = 0; v < V; ++v) operand[v] = load_raw<typename M::Operand>(b + k * t.b.stride + v * kLanes<A>);
+    for (int i = 0; i < I; ++i)
+      for (int v = 0; v < V; ++v) sum[i][v] = M::add_product(sum[i][v], s[i * t.s_stride + k], operand[v]);
+  }
+  for (int i = 0; i < I; ++i) {
+    T* y = static_cast<T*>(t.y) + offset_of(row + i, t.y_stride, column);
+    const uint8_t* bits = t.mask.data ? t.mask.data + (row + i) * t.mask.stride : nullptr;
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = v * kLanes<A>;
+      if (v + 1 < V || last == kLanes<A>) {
+        if (bits) sum[i][v] = keep<A>(sum[i][v], keep_bits<A>(bits, column + c));
+        store(y + c, load(y + c) + sum[i][v]);
+      } else {
+        if (bits) sum[i][v] = keep<A>(sum[i][v], keep_bits_part<A>(bits, column + c, last));
+        store_part(y + c, load_part(y + c, last) + sum[i][v], last);
+      }
+    }
+  }
+}
+
+template <class M, class T>
+void expand(const ExpandTask& t, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = kLanes<typename M::Acc>;
+  constexpr int kRows = kTile / 4;
+  const int64_t column_tasks = ceil_div(t.features, kExpandColumns);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t row = task / column_tasks * kRowBlock, row_end = min_of(row + kRowBlock, t.rows);
+    const int64_t column = task % column_tasks * kExpandColumns, column_end = min_of(column + kExpandColumns, t.features);
+    for (int64_t chunk = column; chunk < column_end; chunk += kColumnChunk) {
+      const int64_t chunk_end = min_of(chunk + kColumnChunk, column_end);
+      const auto strip = [&](auto rows, int64_t i) {
+        constexpr int I = decltype(rows)::value;
+        int64_t c = chunk;
+        for (; c + 4 * lanes <= chunk_end; c += 4 * lanes) expand_tile<M, T, I, 4>(t, i, c, lanes);
+        for (; c < chunk_end; c += lanes) expand_tile<M, T, I, 1>(t, i, c, min_of(lanes, chunk_end - c));
+      };
+      int64_t i = row;
+      for (; i + kRows <= row_end; i += kRows) strip(std::integral_constant<int, kRows>{}, i);
+      for (; i < row_end; ++i) strip(std::integral_constant<int, 1>{}, i);
+    }
+  }
+}
+
+template <class M, class T, class F>
+void gradient(const GradientTask& t, int64_t begin, int64_t end) {
+  using A = typename M::Acc;
+  using E = typename M::Element;
+  constexpr int64_t kElements = kColumnChunk / M::step;
+  const int64_t padded_rows = round_up(t.rows, kRowBlock), padded_rank = round_up(t.rank, kLanes<A>);
+  alignas(64) E block[kRowBlock * kElements];
+  alignas(64) E pairs[M::step == 1 ? 1 : kRowBlock * kColumnChunk / 2];
+  alignas(64) A sums[kColumnChunk * kRankBlock];
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t column = panel * t.panel, columns = min_of(t.panel, t.features - column), padded_columns = round_up(columns, kTile);
+    for (int64_t j = 0; j < t.rank; j += kRankBlock) {
+      const int64_t ranks = min_of(kRankBlock, t.rank - j), width = round_up(ranks, kLanes<A>);
+      std::memset(sums, 0, sizeof sums);
+      for (int64_t row = 0; row < t.rows; row += kRowBlock) {
+        const int64_t rows = min_of(kRowBlock, t.rows - row), padded = round_up(rows, kTile);
+        unpack(static_cast<const T*>(t.g) + offset_of(row, t.g_stride, column), t.g_stride, rows, columns, t.mask, row, column, block);
+        if (rows < padded) std::memset(block + rows * kElements, 0, static_cast<size_t>((padded - rows) * kElements) * sizeof(E));
+        if (t.b.data)
+          tile<M, kElements, 1>(block, static_cast<const E*>(t.b.data) + (column / M::step) * t.b.stride + j, t.b.stride,
+                                ceil_div(columns, M::step), static_cast<A*>(t.partials) + (panel * padded_rows + row) * padded_rank + j,
+                                padded_rank, padded, width, false);
+        if (t.s.data) {
+          const E* by_column = block;
+          if constexpr (M::step == 2) {
+            pair_rows(block, padded, columns, pairs);
+            by_column = pairs;
+          }
+          tile<M, 1, kColumnChunk>(by_column, static_cast<const E*>(t.s.data) + (row / M::step) * t.s.stride + j, t.s.stride,
+                                   ceil_div(rows, M::step), sums, kRankBlock, padded_columns, width, true);
+        }
+      }
+      if (t.s.data)
+        for (int64_t c = 0; c < columns; ++c)
+          for (int64_t k = 0; k < ranks; ++k)
+            put(static_cast<F*>(t.gradient) + (column + c) * t.gradient_feature_stride + (j + k) * t.gradient_rank_stride, sums[c * kRankBlock + k]);
+    }
+  }
+}
+
+template <class A>
+void reduce(const void* partials, int64_t panels, int64_t panel_stride, int64_t padded_rank, int64_t rank, double factor, void* s,
+            int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t j = 0; j < padded_rank; j += kLanes<A>) {
+      Vector<A> sum{};
+      for (int64_t panel = 0; panel < panels; ++panel) sum += load(static_cast<const A*>(partials) + panel * panel_stride + i * padded_rank + j);
+      sum *= static_cast<A>(factor);
+      A* out = static_cast<A*>(s) + i * rank + j;
+      if (j + kLanes<A> <= rank) store(out, sum);
+      else store_part(out, sum, rank - j);
+    }
+}
+
+// Sums of products along rows that both run along the features: I weight rows, J tokens.
+template <class T, class W, int I, int J>
+inline void row_products(const W* weight, int64_t weight_stride, const T* x, int64_t x_stride, int64_t features,
+                         Vector<Accumulator<T>> (&sum)[I][J]) {
+  using A = Accumulator<T>;
+  int64_t k = 0;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<W, bfloat16>) {
+    for (; k < features; k += 32) {
+      const __mmask32 tail = features - k >= 32 ? ~0u : (1u << (features - k)) - 1;
+      __m512bh operand[J];
+      for (int j = 0; j < J; ++j) operand[j] = (__m512bh)_mm512_maskz_loadu_epi16(tail, x + j * x_stride + k);
+      for (int i = 0; i < I; ++i) {
+        const __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(tail, weight + i * weight_stride + k);
+        for (int j = 0; j < J; ++j) sum[i][j] = (Vector<float>)_mm512_dpbf16_ps((__m512)sum[i][j], w, operand[j]);
+      }
+    }
+    return;
+  }
+#endif
+  for (; k + kLanes<A> <= features; k += kLanes<A>) {
+    Vector<A> operand[J];
+    for (int j = 0; j < J; ++j) operand[j] = load(x + j * x_stride + k);
+    for (int i = 0; i < I; ++i) {
+      const Vector<A> w = load(weight + i * weight_stride + k);
+      for (int j = 0; j < J; ++j) sum[i][j] += w * operand[j];
+    }
+  }
+  if (k < features)
+    for (int i = 0; i < I; ++i) {
+      const Vector<A> w = load_part(weight + i * weight_stride + k, features - k);
+      for (int j = 0; j < J; ++j) sum[i][j] += w * load_part(x + j * x_stride + k, features - k);
+    }
+}
+
+// W: storage of the weight, F: of lora_b, Y: of the result.
+template <class T, class W, class F, class Y>
+void small(const SmallTask& t, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const T* x = static_cast<const T*>(t.x);
+  const auto tokens = [&](auto weight_rows, auto token_count, int64_t n, int64_t m) {
+    constexpr int I = decltype(weight_rows)::value, J = decltype(token_count)::value;
+    Vector<A> sum[I][J] = {};
+    row_products<T, W, I, J>(static_cast<const W*>(t.weight) + n * t.weight_stride, t.weight_stride, x + m * t.features, t.features, t.features, sum);
+    if (t.s)
+      row_products<A, F, I, J>(static_cast<const F*>(t.b) + n * t.b_stride, t.b_stride, static_cast<const A*>(t.s) + m * t.rank, t.rank, t.rank, sum);
+    for (int i = 0; i < I; ++i)
+      for (int j = 0; j < J; ++j) {
+        A value = static_cast<A>(t.factor) * sum_lanes(sum[i][j]);
+        if (t.bias) value += one(static_cast<const T*>(t.bias) + n + i);
+        put(static_cast<Y*>(t.y) + (m + j) * t.out_features + n + i, value);
+      }
+  };
+  // Four tokens at a time where the registers allow it; a single one takes all eight weight rows at once.
+  constexpr int J = kTile / 4;
+  const auto rows = [&](auto weight_rows, int64_t n) {
+    int64_t m = 0;
+    for (; m + J <= t.rows; m += J) tokens(weight_rows, std::integral_constant<int, J>{}, n, m);
+    for (; m < t.rows; ++m) tokens(weight_rows, std::integral_constant<int, 1>{}, n, m);
+  };
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t n = task * kSmallBlock;
+    const int64_t stop = min_of(n + kSmallBlock, t.out_features);
+    if (t.rows == 1 && stop - n == kSmallBlock) {
+      tokens(std::integral_constant<int, kSmallBlock>{}, std::integral_constant<int, 1>{}, n, 0);
+      continue;
+    }
+    for (; n + 4 <= stop; n += 4) rows(std::integral_constant<int, 4>{}, n);
+    for (; n < stop; ++n) rows(std::integral_constant<int, 1>{}, n);
+  }
+}
+
+template <class M, class T, class F>
+constexpr Kernels make() {
+  using A = typename M::Acc;
+  return {M::arithmetic,
+          M::step,
+          sizeof(typename M::Element),
+          kLanes<A>,
+          pack_by_feature<M, F>,
+          pack_by_rank<M, F>,
+          pack_rows<M>,
+          pack_ranks<M>,
+          project<M, T>,
+          expand<M, T>,
+          gradient<M, T, F>,
+          reduce<A>,
+          small<T, T, F, T>,
+          small<T, F, F, A>};
+}
+
+const Kernels& find(Storage x, Storage factors) {
+#ifdef __AVX512BF16__
+  using Bf16 = Dot;
+#else
+  using Bf16 = Wide<float>;
+#endif
+  static constexpr Kernels single = make<Wide<float>, float, float>(), twice = make<Wide<double>, double, double>(),
+                           bf16 = make<Bf16, bfloat16, bfloat16>(), bf16_mixed = make<Wide<float>, bfloat16, float>(),
+                           half = make<Wide<float>, float16, float16>(), half_mixed = make<Wide<float>, float16, float>();
+  switch (x) {
+    case Storage::float64: return twice;
+    case Storage::bfloat16: return factors == Storage::bfloat16 ? bf16 : bf16_mixed;
+    case Storage::float16: return factors == Storage::float16 ? half : half_mixed;
+    default: return single;
+  }
+}
+
+}  // namespace
+
+const LevelKernels& PEFTOPS_LEVEL_KERNELS() {
+  static constexpr LevelKernels kernels{find, dropout_bytes};
+  return kernels;
+}
+
+}  // namespace peftops::lora

@@ -1,0 +1,112 @@
+// The LoRA kernels of one instruction-set level, behind plain function pointers. Each works on a range of its tasks; cpu.cpp
+// spreads the tasks over torch's threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/parallel.h"
+
+namespace peftops::lora {
+
+enum class Storage { float32, bfloat16, float16, float64 };
+
+// How a product is formed: `wide` converts to the accumulator type (float32, float64 for float64) first; `dot` multiplies pairs
+// of bfloat16 exactly and adds them to a float32 (AVX-512 BF16).
+enum class Arithmetic { wide, dot };
+
+// A strided [rank, features] matrix: lora_a, or lora_b seen transposed.
+struct Factor {
+  const void* data;
+  int64_t rank, features, rank_stride, feature_stride;
+};
+
+// Keep-bits [rows, stride bytes]; data is null where there is no dropout.
+struct Mask {
+  uint8_t* data;
+  int64_t stride;
+};
+
+// One operand of the contraction as the kernels want it: elements of the arithmetic (one number, or a pair of bfloat16).
+// by feature: [features / step][padded rank]; by rank: [rank / step][padded features]; by row: [rows / step][padded rank].
+struct Packed {
+  void* data;
+  int64_t stride;
+};
+
+// S = factor * keep(x) A^T. Tasks: blocks of kRowBlock rows.
+struct ProjectTask {
+  const void* x;
+  int64_t rows, features, x_stride, rank;
+  Packed a;  // by feature
+  double factor;
+  bool draw;  // draw the mask (and write it) instead of reading it
+  uint64_t seed;
+  uint32_t threshold;
+  Mask mask;
+  void* s;  // accumulators [rows, rank]
+};
+
+// Y += keep(S B^T). Tasks: row blocks times blocks of kExpandColumns columns, columns fastest.
+struct ExpandTask {
+  void* y;
+  int64_t rows, features, y_stride, rank;
+  const void* s;  // elements [rows][s_stride]
+  int64_t s_stride;
+  Packed b;  // by rank
+  Mask mask;
+};
+
+// gradient[feature, rank] = keep(G)^T S, and beside it partial sums of G times a factor. Tasks: column panels.
+struct GradientTask {
+  const void* g;
+  int64_t rows, features, g_stride, rank, panel;
+  Mask mask;
+  Packed s;  // by row; data null where the gradient is not wanted
+  void* gradient;
+  int64_t gradient_feature_stride, gradient_rank_stride;
+  Packed b;        // by feature; data null where the partial sums are not wanted
+  void* partials;  // accumulators [panels][padded rows][padded rank]
+};
+
+// y = factor * (x W^T + S B^T) + bias for few rows. Tasks: blocks of kSmallBlock weight rows.
+struct SmallTask {
+  const void* x;  // [rows][features], contiguous
+  const void* weight;
+  const void* bias;
+  int64_t rows, features, out_features, weight_stride;
+  const void* s;  // accumulators [rows, rank]; null: no second segment
+  const void* b;  // [out_features][b_stride], the factor's storage
+  int64_t rank, b_stride;
+  double factor;  // of the products, not of the bias
+  void* y;        // [rows, out_features]
+};
+
+// Kernels for one pair of storage types: x, weight, y in the first, lora_a and lora_b in the second.
+struct Kernels {
+  Arithmetic arithmetic;
+  int64_t step;      // numbers per element
+  int64_t element;   // bytes per element
+  int64_t lanes;     // padding unit of ranks and features
+  void (*pack_by_feature)(const Factor&, Packed, int64_t begin, int64_t end);  // [begin, end) in elements along the features
+  void (*pack_by_rank)(const Factor&, Packed, int64_t begin, int64_t end);     // likewise in features
+  void (*pack_rows)(const void* s, int64_t rows, int64_t rank, Packed by_row);
+  void (*pack_ranks)(const void* s, int64_t rows, int64_t rank, Packed elements);
+  void (*project)(const ProjectTask&, int64_t begin, int64_t end);
+  void (*expand)(const ExpandTask&, int64_t begin, int64_t end);
+  void (*gradient)(const GradientTask&, int64_t begin, int64_t end);
+  void (*reduce)(const void* partials, int64_t panels, int64_t panel_stride, int64_t padded_rank, int64_t rank, double factor,
+                 void* s, int64_t begin, int64_t end);  // rows
+  void (*small_linear)(const SmallTask&, int64_t begin, int64_t end);
+  void (*small_project)(const SmallTask&, int64_t begin, int64_t end);  // S = x A^T: weight is lora_a, y holds accumulators
+};
+
+struct LevelKernels {
+  const Kernels& (*find)(Storage x, Storage factors);
+  void (*dropout_bytes)(uint64_t seed, int64_t row, int64_t begin, int64_t count, uint32_t threshold, uint8_t* out);
+};
+
+const LevelKernels& kernels_baseline();
+const LevelKernels& kernels_avx2();
+const LevelKernels& kernels_avx512();
+
+}  // namespace peftops::lora

@@ -1,0 +1,28 @@
+// Every operator of peftops, one line of law each, grouped by family. This file is the table of contents: no logic here.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(peftops, m) {
+  // lora/: y = x W^T + bias + scale * keep(x) / (1 - p) A^T B^T. x [..., K], weight [N, K], lora_a [r, K], lora_b [N, r] -> [..., N].
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale=1.0, float dropout_p=0.0, "
+      "Tensor? seed=None) -> Tensor");
+  // The same with a scale that changes between calls: float32, 0-d; 0 means no adapter, exactly.
+  m.def(
+      "lora_linear.tensor_scale(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scale, "
+      "float dropout_p=0.0, Tensor? seed=None) -> Tensor");
+  // With what backward needs: S = scale / (1 - p) * keep(x) A^T [M, r], keep-bits uint8 [M, ceil(K / 8)] ([0] where p = 0).
+  m.def(
+      "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, Tensor? tensor_scale, "
+      "float dropout_p, Tensor? seed) -> (Tensor y, Tensor s, Tensor mask)");
+  // Without: what grad mode off takes; few rows get a kernel that reads the weight once.
+  m.def(
+      "lora_linear_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, Tensor? tensor_scale, "
+      "float dropout_p, Tensor? seed) -> Tensor");
+  // Gradients of x, weight, bias, lora_a, lora_b; [0] for each that is not needed.
+  m.def(
+      "lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, float scale, Tensor? tensor_scale, "
+      "float dropout_p, Tensor s, Tensor mask, bool need_x, bool need_weight, bool need_bias, bool need_a, bool need_b) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_a, Tensor grad_b)");
+  // True where dropout keeps: Philox4x32-10, key = seed, counter = (column / 8, row low, row high, 0), 16 bits per element.
+  m.def("lora_dropout_mask(Tensor seed, int rows, int cols, float p) -> Tensor");
+}
