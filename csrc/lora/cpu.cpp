@@ -78,8 +78,9 @@ double value_of(double scale, const std::optional<Tensor>& tensor_scale) {
   return tensor_scale ? scale * *tensor_scale->const_data_ptr<float>() : scale;
 }
 
-Factor factor_view(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
-Factor transposed(const Factor& f) { return {f.data, f.features, f.rank, f.feature_stride, f.rank_stride}; }
+// A 2-D tensor with its rows along the contraction, and with its columns there.
+Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
+Matrix transposed(const Matrix& m) { return {m.data, m.lanes, m.contraction, m.lane_stride, m.stride}; }
 
 // Runs body(begin, end) over the tasks on torch's threads, `grain` tasks or more on each.
 template <class Body>
@@ -99,25 +100,10 @@ class Call {
     return {buffers_.back().mutable_data_ptr(), stride};
   }
 
-  // [features / step][padded rank]
-  Packed by_feature(const Factor& f) {
-    const int64_t count = ceil_div(f.features, kernels.step);
-    const Packed packed = scratch(count, padded(f.rank));
-    spread(count, 8192 / (f.rank + 1), [&](int64_t begin, int64_t end) { kernels.pack_by_feature(f, packed, begin, end); });
-    return packed;
-  }
-
-  // [rank / step][padded features]
-  Packed by_rank(const Factor& f) {
-    const Packed packed = scratch(ceil_div(f.rank, kernels.step), padded(f.features));
-    spread(packed.stride, 8192 / (f.rank + 1), [&](int64_t begin, int64_t end) { kernels.pack_by_rank(f, packed, begin, end); });
-    return packed;
-  }
-
-  // [rows / step][padded rank]
-  Packed by_row(const Tensor& s) {
-    const Packed packed = scratch(ceil_div(s.size(0), kernels.step), padded(s.size(1)));
-    kernels.pack_rows(s.const_data_ptr(), s.size(0), s.size(1), packed);
+  Packed pack(const Matrix& factor) {
+    const Packed packed = scratch(ceil_div(factor.contraction, kernels.step), padded(factor.lanes));
+    spread(ceil_div(factor.contraction, kernels.step), ceil_div(1 << 13, factor.lanes + 1),
+           [&](int64_t begin, int64_t end) { kernels.pack_factor(factor, packed, begin, end); });
     return packed;
   }
 
@@ -125,38 +111,39 @@ class Call {
   Tensor project(const Tensor& x, const Tensor& lora_a, double factor, bool draw, uint64_t seed, uint32_t threshold, Mask mask) {
     const int64_t rows = x.size(0), features = x.size(1), rank = lora_a.size(0);
     Tensor s = empty_on(x, accumulator_of(x), rows, rank);
-    const ProjectTask task{x.const_data_ptr(), rows, features, x.stride(0), rank, by_feature(factor_view(lora_a)), factor, draw,
+    const ProjectTask task{x.const_data_ptr(), rows, features, x.stride(0), rank, pack(transposed(matrix_of(lora_a))), factor, draw,
                            seed, threshold, mask, s.mutable_data_ptr()};
     spread(ceil_div(rows, kRowBlock), 1, [&](int64_t begin, int64_t end) { kernels.project(task, begin, end); });
     return s;
   }
 
-  // Y += keep(S B^T), with B as [rank, features].
-  void expand(Tensor& y, const Tensor& s, const Factor& b, Mask mask) {
+  // Y += keep(S B), with B as [rank, features].
+  void expand(Tensor& y, const Tensor& s, const Matrix& b, Mask mask) {
     const int64_t rows = y.size(0), features = y.size(1);
-    const Packed elements = scratch(rows, ceil_div(b.rank, kernels.step));
-    kernels.pack_ranks(s.const_data_ptr(), rows, b.rank, elements);
-    const ExpandTask task{y.mutable_data_ptr(), rows, features, y.stride(0), b.rank, elements.data, elements.stride, by_rank(b), mask};
+    const Packed elements = scratch(rows, ceil_div(b.contraction, kernels.step));
+    kernels.pack_ranks(s.const_data_ptr(), rows, b.contraction, elements);
+    const ExpandTask task{y.mutable_data_ptr(), rows, features, y.stride(0), elements.data, elements.stride, pack(b), mask};
     const int64_t tasks = ceil_div(rows, kRowBlock) * ceil_div(features, kExpandColumns);
     spread(tasks, 1, [&](int64_t begin, int64_t end) { kernels.expand(task, begin, end); });
   }
 
   // gradient = keep(G)^T S into a [features, rank] view, and, where B is given, factor * G B in the same pass.
   std::optional<Tensor> gradient(const Tensor& g, const Tensor* s, Tensor* gradient, int64_t feature_stride, int64_t rank_stride, int64_t rank,
-                                 const Factor* b, double factor, Mask mask) {
+                                 const Matrix* b, double factor, Mask mask) {
     const int64_t rows = g.size(0), features = g.size(1), panel = gradient_panel(features), panels = ceil_div(features, panel);
     const int64_t padded_rows = round_up(rows, kRowBlock), padded_rank = padded(rank);
     GradientTask task{};
     task.g = g.const_data_ptr();
     task.rows = rows, task.features = features, task.g_stride = g.stride(0), task.rank = rank, task.panel = panel, task.mask = mask;
     if (gradient) {
-      task.s = by_row(*s);
+      task.s = scratch(ceil_div(rows, kernels.step), padded_rank);
+      kernels.pack_sums(matrix_of(*s), task.s, 0, ceil_div(rows, kernels.step));
       task.gradient = gradient->mutable_data_ptr();
       task.gradient_feature_stride = feature_stride, task.gradient_rank_stride = rank_stride;
     }
     Tensor partials;
     if (b) {
-      task.b = by_feature(*b);
+      task.b = pack(*b);
       partials = empty_on(g, accumulator_of(g), panels, padded_rows, padded_rank);
       task.partials = partials.mutable_data_ptr();
     }
@@ -192,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
   const uint64_t key = drops ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
   const Tensor s = call.project(as_matrix(x, rows, features), lora_a, scale / (1.0 - dropout_p), drops, key, dropout_threshold(dropout_p), mask_of(mask));
   Tensor matrix = as_matrix(y, rows, out_features);
-  call.expand(matrix, s, transposed(factor_view(lora_b)), Mask{nullptr, 0});
+  call.expand(matrix, s, transposed(matrix_of(lora_b)), Mask{nullptr, 0});
   return {y, s, mask};
 }
 
@@ -281,11 +268,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
   if (!zero && (need_x || need_a || need_b)) {
     Call call(grad, lora_a);
     const Mask kept = drops ? mask_of(mask) : Mask{nullptr, 0};
-    const Factor b = transposed(factor_view(lora_b));
+    const Matrix b = matrix_of(lora_b);
     const std::optional<Tensor> grad_s = call.gradient(g, need_b ? &s : nullptr, need_b ? &grad_b : nullptr, rank, 1, rank,
                                                        need_x || need_a ? &b : nullptr, factor, Mask{nullptr, 0});
     if (need_a) call.gradient(x_matrix, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
-    if (need_x) call.expand(grad_x, *grad_s, factor_view(lora_a), kept);
+    if (need_x) call.expand(grad_x, *grad_s, matrix_of(lora_a), kept);
   }
   if (need_x) grad_x = reshaped_like(grad_x, grad, features);
   return {grad_x, grad_weight, grad_bias, grad_a, grad_b};

@@ -25,7 +25,11 @@ struct Wide {
   static constexpr int64_t step = 1;
   static constexpr Arithmetic arithmetic = Arithmetic::wide;
   static Vector<A> add_product(Vector<A> sum, A x, Operand b) { return sum + x * b; }
-  static A element(A value, A) { return value; }
+  // The element that starts at *value; `next` lies one step further along the contraction, null beyond its end.
+  template <class T>
+  static A element(const T* value, const T*) {
+    return one(value);
+  }
 };
 
 #ifdef __AVX512BF16__
@@ -39,9 +43,12 @@ struct Dot {
   static Vector<float> add_product(Vector<float> sum, uint32_t x, Operand b) {
     return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)b);
   }
-  static uint32_t element(float low, float high) {
-    return to_bfloat16(low).bits | static_cast<uint32_t>(to_bfloat16(high).bits) << 16;
+  template <class T>
+  static uint32_t element(const T* low, const T* high) {
+    return half(*low) | (high ? half(*high) << 16 : 0);
   }
+  static uint32_t half(float value) { return to_bfloat16(value).bits; }
+  static uint32_t half(bfloat16 value) { return value.bits; }
 };
 #endif
 
@@ -88,10 +95,20 @@ inline uint32_t keep_bits_part(const uint8_t* row, int64_t column, int64_t count
   return bits >> (column % 8);
 }
 
-// A block of a [rows, features] matrix, masked: accumulators by row, zero beyond `columns` up to the next vector.
+// Asks for `columns` values from `row` on. Blocks are short pieces of long rows, which hardware prefetchers do not follow.
+template <class T>
+inline void prefetch(const T* row, int64_t columns) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < columns * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
+}
+
+// A block of a [rows, features] matrix, masked: accumulators by row, zero beyond `columns` up to the next vector. The block that
+// lies `ahead` values further is asked for.
 template <class T, class A>
-void unpack(const T* from, int64_t stride, int64_t rows, int64_t columns, const Mask& mask, int64_t mask_row, int64_t mask_column, A* to) {
+void unpack(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, const Mask& mask, int64_t mask_row,
+            int64_t mask_column, A* to) {
   for (int64_t i = 0; i < rows; ++i) {
+    prefetch(from + i * stride + ahead, columns);
     const T* row = from + i * stride;
     const uint8_t* bits = mask.data ? mask.data + (mask_row + i) * mask.stride : nullptr;
     A* out = to + i * kColumnChunk;
@@ -111,19 +128,23 @@ void unpack(const T* from, int64_t stride, int64_t rows, int64_t columns, const 
 
 #ifdef __AVX512BF16__
 // The same as bfloat16, zero beyond `columns` up to the next vector.
-void unpack(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, const Mask& mask, int64_t mask_row, int64_t mask_column,
-            uint32_t* to) {
+void unpack(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, const Mask& mask, int64_t mask_row,
+            int64_t mask_column, uint32_t* to) {
   for (int64_t i = 0; i < rows; ++i) {
+    prefetch(from + i * stride + ahead, columns);
     const bfloat16* row = from + i * stride;
     const uint8_t* bits = mask.data ? mask.data + (mask_row + i) * mask.stride + mask_column / 8 : nullptr;
     uint32_t* out = to + i * (kColumnChunk / 2);
     for (int64_t c = 0; c < columns; c += 32) {
       const int64_t count = min_of(32, columns - c);
-      uint32_t kept = count == 32 ? ~0u : (1u << count) - 1;
-      if (bits) {
-        uint32_t drawn = 0;
-        std::memcpy(&drawn, bits + c / 8, static_cast<size_t>(ceil_div(count, 8)));
+      uint32_t kept = ~0u;
+      if (count < 32) {
+        kept = (1u << count) - 1;
+        uint32_t drawn = ~0u;
+        if (bits) std::memcpy(&drawn, bits + c / 8, static_cast<size_t>(ceil_div(count, 8)));
         kept &= drawn;
+      } else if (bits) {
+        std::memcpy(&kept, bits + c / 8, sizeof kept);
       }
       _mm512_storeu_si512(out + c / 2, _mm512_maskz_loadu_epi16(kept, row + c));
     }
@@ -144,51 +165,33 @@ void pair_rows(const uint32_t* from, int64_t rows, int64_t columns, uint32_t* to
 }
 #endif
 
-// factor value, zero outside.
-template <class F>
-inline auto at(const Factor& f, int64_t rank, int64_t feature) {
-  using A = Accumulator<F>;
-  if (rank >= f.rank || feature >= f.features) return A{0};
-  return one(static_cast<const F*>(f.data) + offset_of(rank, f.rank_stride, feature * f.feature_stride));
-}
-
+// Rows [begin, end) of the packed form of a strided [contraction, lanes] matrix; lanes beyond its own are zero.
 template <class M, class F>
-void pack_by_feature(const Factor& f, Packed to, int64_t begin, int64_t end) {
+void pack(const Matrix& from, Packed to, int64_t begin, int64_t end) {
+  using E = typename M::Element;
   for (int64_t k = begin; k < end; ++k) {
-    auto* out = static_cast<typename M::Element*>(to.data) + k * to.stride;
-    for (int64_t j = 0; j < to.stride; ++j) out[j] = M::element(at<F>(f, j, k * M::step), at<F>(f, j, k * M::step + 1));
+    E* out = static_cast<E*>(to.data) + k * to.stride;
+    const F* row = static_cast<const F*>(from.data) + k * M::step * from.stride;
+    if (k * M::step + M::step <= from.contraction) {
+      const F* next = row + from.stride;
+      if (from.lane_stride == 1)
+        for (int64_t j = 0; j < from.lanes; ++j) out[j] = M::element(row + j, next + j);
+      else
+        for (int64_t j = 0; j < from.lanes; ++j) out[j] = M::element(row + j * from.lane_stride, next + j * from.lane_stride);
+    } else {
+      for (int64_t j = 0; j < from.lanes; ++j) out[j] = M::template element<F>(row + j * from.lane_stride, nullptr);
+    }
+    std::memset(out + from.lanes, 0, static_cast<size_t>(to.stride - from.lanes) * sizeof(E));
   }
 }
 
-template <class M, class F>
-void pack_by_rank(const Factor& f, Packed to, int64_t begin, int64_t end) {
-  for (int64_t k = begin; k < end; ++k)
-    for (int64_t j = 0; j < ceil_div(f.rank, M::step); ++j)
-      static_cast<typename M::Element*>(to.data)[j * to.stride + k] = M::element(at<F>(f, j * M::step, k), at<F>(f, j * M::step + 1, k));
-}
-
-// S for the gradient: rows along the contraction, ranks side by side, zero-padded.
-template <class M>
-void pack_rows(const void* s, int64_t rows, int64_t rank, Packed to) {
-  using A = typename M::Acc;
-  const A* from = static_cast<const A*>(s);
-  for (int64_t i = 0; i < ceil_div(rows, M::step); ++i) {
-    auto* out = static_cast<typename M::Element*>(to.data) + i * to.stride;
-    const A* first = from + i * M::step * rank;
-    const bool second = i * M::step + 1 < rows;
-    for (int64_t j = 0; j < to.stride; ++j)
-      out[j] = j < rank ? M::element(first[j], second ? first[rank + j] : A{0}) : typename M::Element{};
-  }
-}
-
-// S for the up-projection: elements along the rank.
+// S [rows, rank] for the up-projection: elements along the rank, [rows][rank / step].
 template <class M>
 void pack_ranks(const void* s, int64_t rows, int64_t rank, Packed to) {
-  using A = typename M::Acc;
-  for (int64_t i = 0; i < rows; ++i) {
-    const A* from = static_cast<const A*>(s) + i * rank;
+  const auto* from = static_cast<const typename M::Acc*>(s);
+  for (int64_t i = 0; i < rows; ++i, from += rank) {
     auto* out = static_cast<typename M::Element*>(to.data) + i * to.stride;
-    for (int64_t j = 0; j < to.stride; ++j) out[j] = M::element(from[j * M::step], j * M::step + 1 < rank ? from[j * M::step + 1] : A{0});
+    for (int64_t j = 0; j < rank; j += M::step) out[j / M::step] = M::element(from + j, j + 1 < rank ? from + j + 1 : nullptr);
   }
 }
 
@@ -210,7 +213,8 @@ void project(const ProjectTask& t, int64_t begin, int64_t end) {
         if (t.draw && j == 0)
           for (int64_t i = first; i < first + rows; ++i)
             dropout_bytes(t.seed, i, c / 8, ceil_div(columns, 8), t.threshold, t.mask.data + i * t.mask.stride + c / 8);
-        unpack(static_cast<const T*>(t.x) + offset_of(first, t.x_stride, c), t.x_stride, rows, columns, t.mask, first, c, block);
+        unpack(static_cast<const T*>(t.x) + offset_of(first, t.x_stride, c), t.x_stride, rows, columns, kColumnChunk, t.mask, first, c,
+               block);
         tile<M, kElements, 1>(block, static_cast<const E*>(t.a.data) + (c / M::step) * t.a.stride + j, t.a.stride, ceil_div(columns, M::step),
                               sums, kRankBlock, padded, round_up(ranks, kLanes<A>), true);
       }
@@ -229,6 +233,7 @@ inline void expand_tile(const ExpandTask& t, int64_t row, int64_t column, int64_
   const E* s = static_cast<const E*>(t.s) + row * t.s_stride;
   const E* b = static_cast<const E*>(t.b.data) + column;
   Vector<A> sum[I][V] = {};
+  for (int i = 0; i < I; ++i) prefetch(static_cast<const T*>(t.y) + offset_of(row + I + i, t.y_stride, column), V * kLanes<A>);
   for (int64_t k = 0; k < t.s_stride; ++k) {
     typename M::Operand operand[V];
     for (int v = 0; v < V; ++v) operand[v] = load_raw<typename M::Operand>(b + k * t.b.stride + v * kLanes<A>);
@@ -290,7 +295,8 @@ void gradient(const GradientTask& t, int64_t begin, int64_t end) {
       std::memset(sums, 0, sizeof sums);
       for (int64_t row = 0; row < t.rows; row += kRowBlock) {
         const int64_t rows = min_of(kRowBlock, t.rows - row), padded = round_up(rows, kTile);
-        unpack(static_cast<const T*>(t.g) + offset_of(row, t.g_stride, column), t.g_stride, rows, columns, t.mask, row, column, block);
+        unpack(static_cast<const T*>(t.g) + offset_of(row, t.g_stride, column), t.g_stride, rows, columns, kRowBlock * t.g_stride, t.mask,
+               row, column, block);
         if (rows < padded) std::memset(block + rows * kElements, 0, static_cast<size_t>((padded - rows) * kElements) * sizeof(E));
         if (t.b.data)
           tile<M, kElements, 1>(block, static_cast<const E*>(t.b.data) + (column / M::step) * t.b.stride + j, t.b.stride,
@@ -328,24 +334,31 @@ void reduce(const void* partials, int64_t panels, int64_t panel_stride, int64_t 
     }
 }
 
-// Sums of products along rows that both run along the features: I weight rows, J tokens.
+// sum[i][j] += products along rows of the features: I weight rows, J tokens.
 template <class T, class W, int I, int J>
 inline void row_products(const W* weight, int64_t weight_stride, const T* x, int64_t x_stride, int64_t features,
-                         Vector<Accumulator<T>> (&sum)[I][J]) {
+                         Vector<Accumulator<T>>* sums, int64_t sums_stride) {
   using A = Accumulator<T>;
+  Vector<A> sum[I][J];
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j) sum[i][j] = sums[i * sums_stride + j];
   int64_t k = 0;
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<W, bfloat16>) {
-    for (; k < features; k += 32) {
-      const __mmask32 tail = features - k >= 32 ? ~0u : (1u << (features - k)) - 1;
+    const auto step = [&](auto take) {
       __m512bh operand[J];
-      for (int j = 0; j < J; ++j) operand[j] = (__m512bh)_mm512_maskz_loadu_epi16(tail, x + j * x_stride + k);
+      for (int j = 0; j < J; ++j) operand[j] = (__m512bh)take(x + j * x_stride + k);
       for (int i = 0; i < I; ++i) {
-        const __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(tail, weight + i * weight_stride + k);
+        const __m512bh w = (__m512bh)take(weight + i * weight_stride + k);
         for (int j = 0; j < J; ++j) sum[i][j] = (Vector<float>)_mm512_dpbf16_ps((__m512)sum[i][j], w, operand[j]);
       }
+    };
+    for (; k + 32 <= features; k += 32) step([](const bfloat16* from) { return _mm512_loadu_si512(from); });
+    if (k < features) {
+      const __mmask32 rest = (1u << (features - k)) - 1;
+      step([rest](const bfloat16* from) { return _mm512_maskz_loadu_epi16(rest, from); });
+      k = features;
     }
-    return;
   }
 #endif
   for (; k + kLanes<A> <= features; k += kLanes<A>) {
@@ -361,42 +374,55 @@ inline void row_products(const W* weight, int64_t weight_stride, const T* x, int
       const Vector<A> w = load_part(weight + i * weight_stride + k, features - k);
       for (int j = 0; j < J; ++j) sum[i][j] += w * load_part(x + j * x_stride + k, features - k);
     }
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j) sums[i * sums_stride + j] = sum[i][j];
+}
+
+// The same for any number of weight rows up to kSmallBlock and of tokens up to kSmallRows, in register tiles.
+template <class T, class W>
+inline void block_products(const W* weight, int64_t weight_stride, int64_t weight_rows, const T* x, int64_t x_stride, int64_t rows,
+                           int64_t features, Vector<Accumulator<T>>* sums) {
+  constexpr int I = 4, J = kTile / 4;
+  if (weight_rows == kSmallBlock && rows == 1)
+    return row_products<T, W, kSmallBlock, 1>(weight, weight_stride, x, x_stride, features, sums, kSmallRows);
+  const auto strip = [&](auto count, int64_t i) {
+    constexpr int N = decltype(count)::value;
+    int64_t j = 0;
+    for (; j + J <= rows; j += J)
+      row_products<T, W, N, J>(weight + i * weight_stride, weight_stride, x + j * x_stride, x_stride, features, sums + i * kSmallRows + j, kSmallRows);
+    for (; j < rows; ++j)
+      row_products<T, W, N, 1>(weight + i * weight_stride, weight_stride, x + j * x_stride, x_stride, features, sums + i * kSmallRows + j, kSmallRows);
+  };
+  int64_t i = 0;
+  for (; i + I <= weight_rows; i += I) strip(std::integral_constant<int, I>{}, i);
+  for (; i < weight_rows; ++i) strip(std::integral_constant<int, 1>{}, i);
 }
 
 // W: storage of the weight, F: of lora_b, Y: of the result.
 template <class T, class W, class F, class Y>
 void small(const SmallTask& t, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  const T* x = static_cast<const T*>(t.x);
-  const auto tokens = [&](auto weight_rows, auto token_count, int64_t n, int64_t m) {
-    constexpr int I = decltype(weight_rows)::value, J = decltype(token_count)::value;
-    Vector<A> sum[I][J] = {};
-    row_products<T, W, I, J>(static_cast<const W*>(t.weight) + n * t.weight_stride, t.weight_stride, x + m * t.features, t.features, t.features, sum);
-    if (t.s)
-      row_products<A, F, I, J>(static_cast<const F*>(t.b) + n * t.b_stride, t.b_stride, static_cast<const A*>(t.s) + m * t.rank, t.rank, t.rank, sum);
-    for (int i = 0; i < I; ++i)
-      for (int j = 0; j < J; ++j) {
-        A value = static_cast<A>(t.factor) * sum_lanes(sum[i][j]);
-        if (t.bias) value += one(static_cast<const T*>(t.bias) + n + i);
-        put(static_cast<Y*>(t.y) + (m + j) * t.out_features + n + i, value);
-      }
-  };
-  // Four tokens at a time where the registers allow it; a single one takes all eight weight rows at once.
-  constexpr int J = kTile / 4;
-  const auto rows = [&](auto weight_rows, int64_t n) {
-    int64_t m = 0;
-    for (; m + J <= t.rows; m += J) tokens(weight_rows, std::integral_constant<int, J>{}, n, m);
-    for (; m < t.rows; ++m) tokens(weight_rows, std::integral_constant<int, 1>{}, n, m);
-  };
+  // A piece of eight weight rows and of sixteen tokens fits the first cache together; one token needs no pieces.
+  const int64_t piece = t.rows == 1 ? t.features : kSmallPiece;
   for (int64_t task = begin; task < end; ++task) {
-    int64_t n = task * kSmallBlock;
-    const int64_t stop = min_of(n + kSmallBlock, t.out_features);
-    if (t.rows == 1 && stop - n == kSmallBlock) {
-      tokens(std::integral_constant<int, kSmallBlock>{}, std::integral_constant<int, 1>{}, n, 0);
-      continue;
+    const int64_t n = task * kSmallBlock, weight_rows = min_of(kSmallBlock, t.out_features - n);
+    const W* weight = static_cast<const W*>(t.weight) + n * t.weight_stride;
+    Vector<A> sums[kSmallBlock * kSmallRows] = {};
+    for (int64_t k = 0; k < t.features; k += piece) {
+      const int64_t columns = min_of(piece, t.features - k);
+      if (k + piece < t.features)
+        for (int64_t i = 0; i < weight_rows; ++i) prefetch(weight + i * t.weight_stride + k + piece, columns);
+      block_products<T, W>(weight + k, t.weight_stride, weight_rows, static_cast<const T*>(t.x) + k, t.features, t.rows, columns, sums);
     }
-    for (; n + 4 <= stop; n += 4) rows(std::integral_constant<int, 4>{}, n);
-    for (; n < stop; ++n) rows(std::integral_constant<int, 1>{}, n);
+    if (t.s)
+      block_products<A, F>(static_cast<const F*>(t.b) + n * t.b_stride, t.b_stride, weight_rows, static_cast<const A*>(t.s), t.rank, t.rows,
+                           t.rank, sums);
+    for (int64_t i = 0; i < weight_rows; ++i)
+      for (int64_t j = 0; j < t.rows; ++j) {
+        A value = static_cast<A>(t.factor) * sum_lanes(sums[i * kSmallRows + j]);
+        if (t.bias) value += one(static_cast<const T*>(t.bias) + n + i);
+        put(static_cast<Y*>(t.y) + j * t.out_features + n + i, value);
+      }
   }
 }
 
@@ -407,9 +433,8 @@ constexpr Kernels make() {
           M::step,
           sizeof(typename M::Element),
           kLanes<A>,
-          pack_by_feature<M, F>,
-          pack_by_rank<M, F>,
-          pack_rows<M>,
+          pack<M, F>,
+          pack<M, A>,
           pack_ranks<M>,
           project<M, T>,
           expand<M, T>,

@@ -14,10 +14,10 @@ enum class Storage { float32, bfloat16, float16, float64 };
 // of bfloat16 exactly and adds them to a float32 (AVX-512 BF16).
 enum class Arithmetic { wide, dot };
 
-// A strided [rank, features] matrix: lora_a, or lora_b seen transposed.
-struct Factor {
+// A strided [contraction, lanes] matrix.
+struct Matrix {
   const void* data;
-  int64_t rank, features, rank_stride, feature_stride;
+  int64_t contraction, lanes, stride, lane_stride;
 };
 
 // Keep-bits [rows, stride bytes]; data is null where there is no dropout.
@@ -26,8 +26,8 @@ struct Mask {
   int64_t stride;
 };
 
-// One operand of the contraction as the kernels want it: elements of the arithmetic (one number, or a pair of bfloat16).
-// by feature: [features / step][padded rank]; by rank: [rank / step][padded features]; by row: [rows / step][padded rank].
+// A matrix as the kernels want it, [contraction / step][stride]: elements of the arithmetic (one number, or a pair of bfloat16
+// along the contraction), lanes padded with zeros to whole vectors.
 struct Packed {
   void* data;
   int64_t stride;
@@ -37,7 +37,7 @@ struct Packed {
 struct ProjectTask {
   const void* x;
   int64_t rows, features, x_stride, rank;
-  Packed a;  // by feature
+  Packed a;  // features by ranks
   double factor;
   bool draw;  // draw the mask (and write it) instead of reading it
   uint64_t seed;
@@ -46,13 +46,13 @@ struct ProjectTask {
   void* s;  // accumulators [rows, rank]
 };
 
-// Y += keep(S B^T). Tasks: row blocks times blocks of kExpandColumns columns, columns fastest.
+// Y += keep(S B). Tasks: row blocks times blocks of kExpandColumns columns, columns fastest.
 struct ExpandTask {
   void* y;
-  int64_t rows, features, y_stride, rank;
+  int64_t rows, features, y_stride;
   const void* s;  // elements [rows][s_stride]
   int64_t s_stride;
-  Packed b;  // by rank
+  Packed b;  // ranks by features
   Mask mask;
 };
 
@@ -61,10 +61,10 @@ struct GradientTask {
   const void* g;
   int64_t rows, features, g_stride, rank, panel;
   Mask mask;
-  Packed s;  // by row; data null where the gradient is not wanted
+  Packed s;  // rows by ranks; data null where the gradient is not wanted
   void* gradient;
   int64_t gradient_feature_stride, gradient_rank_stride;
-  Packed b;        // by feature; data null where the partial sums are not wanted
+  Packed b;        // features by ranks; data null where the partial sums are not wanted
   void* partials;  // accumulators [panels][padded rows][padded rank]
 };
 
@@ -87,9 +87,8 @@ struct Kernels {
   int64_t step;      // numbers per element
   int64_t element;   // bytes per element
   int64_t lanes;     // padding unit of ranks and features
-  void (*pack_by_feature)(const Factor&, Packed, int64_t begin, int64_t end);  // [begin, end) in elements along the features
-  void (*pack_by_rank)(const Factor&, Packed, int64_t begin, int64_t end);     // likewise in features
-  void (*pack_rows)(const void* s, int64_t rows, int64_t rank, Packed by_row);
+  void (*pack_factor)(const Matrix&, Packed, int64_t begin, int64_t end);  // rows of the packed form
+  void (*pack_sums)(const Matrix&, Packed, int64_t begin, int64_t end);    // the same from accumulators
   void (*pack_ranks)(const void* s, int64_t rows, int64_t rank, Packed elements);
   void (*project)(const ProjectTask&, int64_t begin, int64_t end);
   void (*expand)(const ExpandTask&, int64_t begin, int64_t end);

@@ -13,6 +13,7 @@ constexpr int64_t kRankBlock = 64;      // ranks summed at a time
 constexpr int64_t kExpandColumns = 1024;  // features per up-projection task
 constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own kernel makes the base product as well
 constexpr int64_t kSmallBlock = 8;      // weight rows per step of that kernel
+constexpr int64_t kSmallPiece = 512;    // features per step of that kernel, for more than one row
 
 // Width of the column panels of the gradient pass: at least 16 panels where the features allow it, so that many threads have
 // work, and no narrower than 64, because each panel writes a partial [rows, rank] sum.
