@@ -22,10 +22,11 @@ template <class... Parts>
   throw std::runtime_error(text.str());
 }
 
-template <class... Parts>
-void check(bool holds, const Parts&... parts) {
-  if (!holds) fail(parts...);
-}
+// A macro, so that the parts of the text are only made where it is needed.
+#define PEFTOPS_CHECK(holds, ...) \
+  do {                            \
+    if (!(holds)) ::peftops::fail(__VA_ARGS__); \
+  } while (false)
 
 inline const char* name_of(ScalarType type) {
   switch (type) {
@@ -57,15 +58,15 @@ inline std::string shape_of(const Tensor& t) {
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* layout) {
-  check(t.dim() == dim, op, ": ", name, " must be ", layout, ", but has shape ", shape_of(t));
+  PEFTOPS_CHECK(t.dim() == dim, op, ": ", name, " must be ", layout, ", but has shape ", shape_of(t));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want, const char* reason) {
-  check(t.scalar_type() == want, op, ": ", name, " has dtype ", name_of(t.scalar_type()), ", but ", reason, " ", name_of(want));
+  PEFTOPS_CHECK(t.scalar_type() == want, op, ": ", name, " has dtype ", name_of(t.scalar_type()), ", but ", reason, " ", name_of(want));
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  check(t.device() == x.device(), op, ": ", name, " is on another device than x");
+  PEFTOPS_CHECK(t.device() == x.device(), op, ": ", name, " is on another device than x");
 }
 
 }  // namespace peftops

@@ -56,22 +56,47 @@ int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
-// [..., columns] as a matrix whose rows are contiguous; a copy only where the strides leave no other way.
-Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns) {
-  const std::array<int64_t, 2> shape{rows, columns};
-  Tensor matrix = torch::stable::reshape(t, Sizes(shape.data(), shape.size()));
-  return columns <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
-}
+// [..., columns] as a matrix with contiguous rows. Strides that allow it make it a view; else it owns a copy. Calls of views through
+// the dispatcher would cost more than a small problem's arithmetic.
+struct Rows {
+  Tensor owner;
+  int64_t rows, columns, stride;
+
+  Rows(const Tensor& t, int64_t columns_) : owner(t), rows(rows_of(t)), columns(columns_), stride(columns_) {
+    const int64_t dim = t.dim();
+    if (dim == 2 && (columns <= 1 || t.stride(1) == 1))
+      stride = t.stride(0);
+    else if (!t.is_contiguous())
+      owner = torch::stable::contiguous(t);
+  }
+
+  const void* data() const { return owner.const_data_ptr(); }
+
+  // As a 2-D tensor, for a vendor's GEMM.
+  Tensor matrix() const {
+    if (owner.dim() == 2) return owner;
+    const std::array<int64_t, 2> shape{rows, columns};
+    return torch::stable::view(owner, Sizes(shape.data(), shape.size()));
+  }
+};
+
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A matrix whose rows are contiguous.
 Tensor with_unit_stride(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
 
 // The shape of `like` with another last dimension.
 Tensor reshaped_like(const Tensor& t, const Tensor& like, int64_t columns) {
+  if (like.dim() == 2) return t;
   std::vector<int64_t> shape(static_cast<size_t>(like.dim()));
   for (int64_t d = 0; d + 1 < like.dim(); ++d) shape[static_cast<size_t>(d)] = like.size(d);
   shape.back() = columns;
   return torch::stable::view(t, Sizes(shape.data(), shape.size()));
+}
+
+int64_t x_features(const char* op, const Tensor& x) {
+  PEFTOPS_CHECK(x.dim() >= 1, op, ": x must be [..., features], but has no dimension");
+  return x.size(x.dim() - 1);
 }
 
 double value_of(double scale, const std::optional<Tensor>& tensor_scale) {
@@ -108,33 +133,33 @@ class Call {
   }
 
   // S = factor * keep(x) A^T, drawing the mask where `draw` says so.
-  Tensor project(const Tensor& x, const Tensor& lora_a, double factor, bool draw, uint64_t seed, uint32_t threshold, Mask mask) {
-    const int64_t rows = x.size(0), features = x.size(1), rank = lora_a.size(0);
-    Tensor s = empty_on(x, accumulator_of(x), rows, rank);
-    const ProjectTask task{x.const_data_ptr(), rows, features, x.stride(0), rank, pack(transposed(matrix_of(lora_a))), factor, draw,
+  Tensor project(const Rows& x, const Tensor& lora_a, double factor, bool draw, uint64_t seed, uint32_t threshold, Mask mask) {
+    const int64_t rows = x.rows, rank = lora_a.size(0);
+    Tensor s = empty_on(like_, accumulator_of(like_), rows, rank);
+    const ProjectTask task{x.data(), rows, x.columns, x.stride, rank, pack(transposed(matrix_of(lora_a))), factor, draw,
                            seed, threshold, mask, s.mutable_data_ptr()};
     spread(ceil_div(rows, kRowBlock), 1, [&](int64_t begin, int64_t end) { kernels.project(task, begin, end); });
     return s;
   }
 
-  // Y += keep(S B), with B as [rank, features].
-  void expand(Tensor& y, const Tensor& s, const Matrix& b, Mask mask) {
-    const int64_t rows = y.size(0), features = y.size(1);
+  // Y += keep(S B), with Y contiguous and B as [rank, features].
+  void expand(const Tensor& y, int64_t features, const Tensor& s, const Matrix& b, Mask mask) {
+    const int64_t rows = s.size(0);
     const Packed elements = scratch(rows, ceil_div(b.contraction, kernels.step));
     kernels.pack_ranks(s.const_data_ptr(), rows, b.contraction, elements);
-    const ExpandTask task{y.mutable_data_ptr(), rows, features, y.stride(0), elements.data, elements.stride, pack(b), mask};
+    const ExpandTask task{y.mutable_data_ptr(), rows, features, features, elements.data, elements.stride, pack(b), mask};
     const int64_t tasks = ceil_div(rows, kRowBlock) * ceil_div(features, kExpandColumns);
     spread(tasks, 1, [&](int64_t begin, int64_t end) { kernels.expand(task, begin, end); });
   }
 
   // gradient = keep(G)^T S into a [features, rank] view, and, where B is given, factor * G B in the same pass.
-  std::optional<Tensor> gradient(const Tensor& g, const Tensor* s, Tensor* gradient, int64_t feature_stride, int64_t rank_stride, int64_t rank,
+  std::optional<Tensor> gradient(const Rows& g, const Tensor* s, Tensor* gradient, int64_t feature_stride, int64_t rank_stride, int64_t rank,
                                  const Matrix* b, double factor, Mask mask) {
-    const int64_t rows = g.size(0), features = g.size(1), panel = gradient_panel(features), panels = ceil_div(features, panel);
+    const int64_t rows = g.rows, features = g.columns, panel = gradient_panel(features), panels = ceil_div(features, panel);
     const int64_t padded_rows = round_up(rows, kRowBlock), padded_rank = padded(rank);
     GradientTask task{};
-    task.g = g.const_data_ptr();
-    task.rows = rows, task.features = features, task.g_stride = g.stride(0), task.rank = rank, task.panel = panel, task.mask = mask;
+    task.g = g.data();
+    task.rows = rows, task.features = features, task.g_stride = g.stride, task.rank = rank, task.panel = panel, task.mask = mask;
     if (gradient) {
       task.s = scratch(ceil_div(rows, kernels.step), padded_rank);
       kernels.pack_sums(matrix_of(*s), task.s, 0, ceil_div(rows, kernels.step));
@@ -144,12 +169,12 @@ class Call {
     Tensor partials;
     if (b) {
       task.b = pack(*b);
-      partials = empty_on(g, accumulator_of(g), panels, padded_rows, padded_rank);
+      partials = empty_on(like_, accumulator_of(like_), panels, padded_rows, padded_rank);
       task.partials = partials.mutable_data_ptr();
     }
     spread(panels, 1, [&](int64_t begin, int64_t end) { kernels.gradient(task, begin, end); });
     if (!b) return std::nullopt;
-    Tensor sum = empty_on(g, accumulator_of(g), rows, rank);
+    Tensor sum = empty_on(like_, accumulator_of(like_), rows, rank);
     spread(rows, 64, [&](int64_t begin, int64_t end) {
       kernels.reduce(partials.const_data_ptr(), panels, padded_rows * padded_rank, padded_rank, rank, factor, sum.mutable_data_ptr(), begin, end);
     });
@@ -169,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
                                            const std::optional<Tensor>& seed) {
   const auto& [features, out_features, rank] = problem;
   const int64_t rows = rows_of(x);
-  Tensor y = torch::stable::contiguous(call<1>("aten::linear", x, weight, bias)[0]);
+  const Tensor y = as_contiguous(call<1>("aten::linear", x, weight, bias)[0]);
   const bool drops = dropout_p > 0.0;
   if (scale == 0.0)
     return {y, zeros_on(x, accumulator_of(x), rows, rank),
@@ -177,22 +202,21 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
   Tensor mask = drops ? empty_on(x, ScalarType::Byte, rows, ceil_div(features, 8)) : empty_on(x, ScalarType::Byte, 0);
   Call call(x, lora_a);
   const uint64_t key = drops ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
-  const Tensor s = call.project(as_matrix(x, rows, features), lora_a, scale / (1.0 - dropout_p), drops, key, dropout_threshold(dropout_p), mask_of(mask));
-  Tensor matrix = as_matrix(y, rows, out_features);
-  call.expand(matrix, s, transposed(matrix_of(lora_b)), Mask{nullptr, 0});
+  const Tensor s = call.project(Rows(x, features), lora_a, scale / (1.0 - dropout_p), drops, key, dropout_threshold(dropout_p), mask_of(mask));
+  call.expand(y, out_features, s, transposed(matrix_of(lora_b)), Mask{nullptr, 0});
   return {y, s, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b,
                                                        double scale, std::optional<Tensor> tensor_scale, double dropout_p,
                                                        std::optional<Tensor> seed) {
-  const Problem problem = check_problem("lora_linear_forward", x, last_size("lora_linear_forward", "x", x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+  const Problem problem = check_problem("lora_linear_forward", x, x_features("lora_linear_forward", x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
   return forward(problem, x, weight, bias, lora_a, lora_b, value_of(scale, tensor_scale), dropout_p, seed);
 }
 
 Tensor lora_linear_inference(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scale,
                              std::optional<Tensor> tensor_scale, double dropout_p, std::optional<Tensor> seed) {
-  const Problem problem = check_problem("lora_linear_inference", x, last_size("lora_linear_inference", "x", x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+  const Problem problem = check_problem("lora_linear_inference", x, x_features("lora_linear_inference", x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
   const auto& [features, out_features, rank] = problem;
   const double factor = value_of(scale, tensor_scale);
   const int64_t rows = rows_of(x);
@@ -200,7 +224,7 @@ Tensor lora_linear_inference(Tensor x, Tensor weight, std::optional<Tensor> bias
   if (!small) return std::get<0>(forward(problem, x, weight, bias, lora_a, lora_b, factor, dropout_p, seed));
 
   const Kernels& kernels = level_kernels().find(storage_of(x), storage_of(lora_a));
-  const Tensor tokens = torch::stable::contiguous(as_matrix(x, rows, features));
+  const Tensor tokens = as_contiguous(x);
   const Tensor a = with_unit_stride(lora_a), b = with_unit_stride(lora_b);
   Tensor s = empty_on(x, accumulator_of(x), rows, rank);
   Tensor y = empty_on(x, x.scalar_type(), rows, out_features);
@@ -218,7 +242,7 @@ Tensor lora_linear_inference(Tensor x, Tensor weight, std::optional<Tensor> bias
   task.x = tokens.const_data_ptr(), task.weight = weight.const_data_ptr();
   task.rows = rows, task.features = features, task.out_features = out_features, task.weight_stride = weight.stride(0);
   task.factor = 1.0;
-  const Tensor dense_bias = bias ? torch::stable::contiguous(*bias) : Tensor();
+  const Tensor dense_bias = bias ? as_contiguous(*bias) : Tensor();
   if (bias) task.bias = dense_bias.const_data_ptr();
   task.s = s.const_data_ptr(), task.b = b.const_data_ptr(), task.rank = rank, task.b_stride = b.stride(0);
   task.y = y.mutable_data_ptr();
@@ -231,33 +255,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
                                                                         double dropout_p, Tensor s, Tensor mask, bool need_x, bool need_weight,
                                                                         bool need_bias, bool need_a, bool need_b) {
   const char* op = "lora_linear_backward";
-  check(x.has_value() || !(need_weight || need_a), op, ": x is needed for the gradients of weight and lora_a");
+  PEFTOPS_CHECK(x.has_value() || !(need_weight || need_a), op, ": x is needed for the gradients of weight and lora_a");
   check_dim(op, "weight", weight, 2, "[out_features, features]");
-  const int64_t x_features = x ? last_size(op, "x", *x) : weight.size(1);
-  const Problem problem =
-      check_problem(op, x ? *x : grad, x_features, weight, std::nullopt, lora_a, lora_b, tensor_scale, 0.0, std::nullopt);
+    const Problem problem =
+      check_problem(op, x ? *x : grad, x ? x_features(op, *x) : weight.size(1), weight, std::nullopt, lora_a, lora_b, tensor_scale, 0.0, std::nullopt);
   const auto& [features, out_features, rank] = problem;
   check_dropout(op, dropout_p, "dropout_p");
   check_dtype(op, "grad", grad, weight.scalar_type(), "weight has");
-  check(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, op, ": grad must be [..., ", out_features, "], but has shape ", shape_of(grad));
+  PEFTOPS_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, op, ": grad must be [..., ", out_features, "], but has shape ", shape_of(grad));
   const int64_t rows = rows_of(grad);
-  check(!x || rows_of(*x) == rows, op, ": x has ", x ? rows_of(*x) : 0, " rows, but grad has ", rows);
-  check(s.dim() == 2 && s.size(0) == rows && s.size(1) == rank && s.is_contiguous() && s.scalar_type() == accumulator_of(grad), op,
+  PEFTOPS_CHECK(!x || rows_of(*x) == rows, op, ": x has ", x ? rows_of(*x) : 0, " rows, but grad has ", rows);
+  PEFTOPS_CHECK(s.dim() == 2 && s.size(0) == rows && s.size(1) == rank && s.is_contiguous() && s.scalar_type() == accumulator_of(grad), op,
         ": s must be what lora_linear_forward returned, [", rows, ", ", rank, "], but has shape ", shape_of(s));
   const bool drops = dropout_p > 0.0;
-  check(!drops || (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) && mask.is_contiguous() &&
+  PEFTOPS_CHECK(!drops || (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) && mask.is_contiguous() &&
                    mask.scalar_type() == ScalarType::Byte),
         op, ": mask must be what lora_linear_forward returned, [", rows, ", ", ceil_div(features, 8), "], but has shape ", shape_of(mask));
 
   const Tensor none = empty_on(grad, grad.scalar_type(), 0);
   Tensor grad_x = none, grad_weight = none, grad_bias = none, grad_a = none, grad_b = none;
-  const Tensor g = as_matrix(grad, rows, out_features);
-  const Tensor x_matrix = x ? as_matrix(*x, rows, features) : none;
-  if (need_x) grad_x = torch::stable::matmul(g, weight);
-  if (need_weight) grad_weight = torch::stable::matmul(torch::stable::transpose(g, 0, 1), x_matrix);
+  const Rows g(grad, out_features);
+  const std::optional<Rows> tokens = x ? std::optional<Rows>(std::in_place, *x, features) : std::nullopt;
+  if (need_x) grad_x = call<1>("aten::mm", g.matrix(), weight)[0];
+  if (need_weight) grad_weight = call<1>("aten::mm", torch::stable::transpose(g.matrix(), 0, 1), tokens->matrix())[0];
   if (need_bias) {
     const std::array<int64_t, 1> first{0};
-    grad_bias = torch::stable::sum(g, Sizes(first.data(), 1));
+    grad_bias = torch::stable::sum(g.matrix(), Sizes(first.data(), 1));
   }
 
   const double factor = value_of(scale, tensor_scale) / (1.0 - dropout_p);
@@ -271,8 +294,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
     const Matrix b = matrix_of(lora_b);
     const std::optional<Tensor> grad_s = call.gradient(g, need_b ? &s : nullptr, need_b ? &grad_b : nullptr, rank, 1, rank,
                                                        need_x || need_a ? &b : nullptr, factor, Mask{nullptr, 0});
-    if (need_a) call.gradient(x_matrix, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
-    if (need_x) call.expand(grad_x, *grad_s, matrix_of(lora_a), kept);
+    if (need_a) call.gradient(*tokens, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
+    if (need_x) call.expand(grad_x, features, *grad_s, matrix_of(lora_a), kept);
   }
   if (need_x) grad_x = reshaped_like(grad_x, grad, features);
   return {grad_x, grad_weight, grad_bias, grad_a, grad_b};
@@ -281,8 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
 Tensor lora_dropout_mask(Tensor seed, int64_t rows, int64_t cols, double p) {
   const char* op = "lora_dropout_mask";
   check_seed(op, seed);
-  check(rows >= 0, op, ": rows is ", rows, ", but must not be negative");
-  check(cols >= 0, op, ": cols is ", cols, ", but must not be negative");
+  PEFTOPS_CHECK(rows >= 0, op, ": rows is ", rows, ", but must not be negative");
+  PEFTOPS_CHECK(cols >= 0, op, ": cols is ", cols, ", but must not be negative");
   check_dropout(op, p, "p");
   Tensor mask = empty_on(seed, ScalarType::Bool, rows, cols);
   const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());

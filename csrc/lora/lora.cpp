@@ -8,49 +8,49 @@
 namespace peftops::lora {
 
 void check_dropout(const char* op, double p, const char* name) {
-  check(p >= 0.0 && p < 1.0, op, ": ", name, " is ", p, ", but must be in [0, 1)");
+  PEFTOPS_CHECK(p >= 0.0 && p < 1.0, op, ": ", name, " is ", p, ", but must be in [0, 1)");
 }
 
 void check_seed(const char* op, const Tensor& seed) {
   check_dtype(op, "seed", seed, ScalarType::Long, "it must be");
-  check(seed.dim() == 1 && seed.size(0) == 1, op, ": seed must have shape [1], but has ", shape_of(seed));
+  PEFTOPS_CHECK(seed.dim() == 1 && seed.size(0) == 1, op, ": seed must have shape [1], but has ", shape_of(seed));
 }
 
 Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a,
                       const Tensor& lora_b, const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed) {
   const ScalarType type = x.scalar_type();
-  check(is_float(type), op, ": x has dtype ", name_of(type), ", but must be float32, bfloat16, float16 or float64");
+  PEFTOPS_CHECK(is_float(type), op, ": x has dtype ", name_of(type), ", but must be float32, bfloat16, float16 or float64");
   check_dim(op, "weight", weight, 2, "[out_features, features]");
   check_dim(op, "lora_a", lora_a, 2, "[rank, features]");
   check_dim(op, "lora_b", lora_b, 2, "[out_features, rank]");
 
   const Problem problem{weight.size(1), weight.size(0), lora_a.size(0)};
   const auto& [features, out_features, rank] = problem;
-  check(features == x_features, op, ": weight has ", features, " columns, but x has ", x_features, " features");
-  check(lora_a.size(1) == x_features, op, ": lora_a has ", lora_a.size(1), " columns, but x has ", x_features, " features");
-  check(lora_b.size(0) == out_features, op, ": lora_b has ", lora_b.size(0), " rows, but weight has ", out_features);
-  check(lora_b.size(1) == rank, op, ": lora_b has ", lora_b.size(1), " columns, but lora_a has ", rank, " rows");
+  PEFTOPS_CHECK(features == x_features, op, ": weight has ", features, " columns, but x has ", x_features, " features");
+  PEFTOPS_CHECK(lora_a.size(1) == x_features, op, ": lora_a has ", lora_a.size(1), " columns, but x has ", x_features, " features");
+  PEFTOPS_CHECK(lora_b.size(0) == out_features, op, ": lora_b has ", lora_b.size(0), " rows, but weight has ", out_features);
+  PEFTOPS_CHECK(lora_b.size(1) == rank, op, ": lora_b has ", lora_b.size(1), " columns, but lora_a has ", rank, " rows");
 
   check_dtype(op, "weight", weight, type, "x has");
   check_dtype(op, "lora_b", lora_b, lora_a.scalar_type(), "lora_a has");
   const bool narrow = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  check(lora_a.scalar_type() == type || (narrow && lora_a.scalar_type() == ScalarType::Float), op, ": lora_a has dtype ",
+  PEFTOPS_CHECK(lora_a.scalar_type() == type || (narrow && lora_a.scalar_type() == ScalarType::Float), op, ": lora_a has dtype ",
         name_of(lora_a.scalar_type()), ", but must have x's, ", name_of(type), narrow ? ", or float32" : "");
   for (const auto& [name, tensor] : {std::pair{"weight", &weight}, std::pair{"lora_a", &lora_a}, std::pair{"lora_b", &lora_b}})
     check_same_device(op, name, *tensor, x);
 
   if (bias) {
-    check(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features, "], but has ", shape_of(*bias));
+    PEFTOPS_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features, "], but has ", shape_of(*bias));
     check_dtype(op, "bias", *bias, type, "x has");
     check_same_device(op, "bias", *bias, x);
   }
   if (tensor_scale) {
-    check(tensor_scale->dim() == 0, op, ": scale must be a number or have shape [], but has ", shape_of(*tensor_scale));
+    PEFTOPS_CHECK(tensor_scale->dim() == 0, op, ": scale must be a number or have shape [], but has ", shape_of(*tensor_scale));
     check_dtype(op, "scale", *tensor_scale, ScalarType::Float, "it must be");
     check_same_device(op, "scale", *tensor_scale, x);
   }
   check_dropout(op, dropout_p, "dropout_p");
-  check(dropout_p == 0.0 || seed.has_value(), op, ": dropout_p is ", dropout_p, ", which needs a seed (int64 tensor of shape [1])");
+  PEFTOPS_CHECK(dropout_p == 0.0 || seed.has_value(), op, ": dropout_p is ", dropout_p, ", which needs a seed (int64 tensor of shape [1])");
   if (seed) {
     check_seed(op, *seed);
     check_same_device(op, "seed", *seed, x);
@@ -58,19 +58,19 @@ Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const
   return problem;
 }
 
-int64_t last_size(const char* op, const char* name, const Tensor& t) {
-  check(t.dim() >= 1, op, ": ", name, " must be [..., features], but has no dimension");
-  // Tensor::size asks for all sizes, which would make a compiled graph specialise on the number of tokens.
+namespace {
+
+// Tensor::size asks for all sizes, which would make a compiled graph specialise on the number of tokens.
+int64_t last_size(const Tensor& t) {
   StableIValue stack[2] = {torch::stable::detail::from(t), torch::stable::detail::from(t.dim() - 1)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sym_size", "int", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<int64_t>(stack[0]);
 }
 
-namespace {
-
 Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
                        double scale, const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed) {
-  check_problem("lora_linear", x, last_size("lora_linear", "x", x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+  PEFTOPS_CHECK(x.dim() >= 1, "lora_linear: x must be [..., features], but has no dimension");
+  check_problem("lora_linear", x, last_size(x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
   if (aoti_torch_grad_mode_is_enabled())
     return call<3>("peftops::lora_linear_forward", x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed)[0];
   return call<1>("peftops::lora_linear_inference", x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed)[0];

@@ -16,9 +16,6 @@ struct Problem {
 Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a,
                       const Tensor& lora_b, const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed);
 
-// The last size of a tensor that must have one.
-int64_t last_size(const char* op, const char* name, const Tensor& t);
-
 void check_dropout(const char* op, double p, const char* name);
 void check_seed(const char* op, const Tensor& seed);
 
