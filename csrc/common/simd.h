@@ -102,7 +102,10 @@ inline Vector<float> load(const float16* from) {
 inline void store(float* to, Vector<float> v) { store_raw(to, v); }
 inline void store(double* to, Vector<double> v) { store_raw(to, v); }
 inline void store(bfloat16* to, Vector<float> v) {
-  // The instruction for this flushes subnormals, so the rounding is done on integers.
+#ifdef __AVX512BF16__
+  // The instruction reads subnormals as zero, so they take the way of integers.
+  if (_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0) return store_raw(to, _mm512_cvtneps_pbh((__m512)v));
+#endif
   const auto bits = bit_cast<Vector<uint32_t>>(v);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const auto nan = (bits >> 16) | 0x40u;
@@ -178,42 +181,57 @@ inline uint32_t keep_bits(const uint8_t* row, int64_t column) {
     return row[column / 8] >> (column % 8);
 }
 
+#if defined(__AVX512BW__) && defined(__BMI2__)
+// Keep-bytes of kGroups times sixteen blocks. One group alone would wait for its own multiplications.
+template <int kGroups>
+inline void dropout_groups(uint64_t seed, int64_t row, int64_t begin, uint32_t threshold, uint8_t* out) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i m0 = _mm512_set1_epi32(static_cast<int>(kPhiloxMultiplier0)), m1 = _mm512_set1_epi32(static_cast<int>(kPhiloxMultiplier1));
+  const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
+  const auto multiply = [](__m512i x, __m512i m, __m512i& high) {
+    const __m512i even = _mm512_mul_epu32(x, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), m);
+    high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+    return _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+  };
+  __m512i c[kGroups][4];
+  for (int g = 0; g < kGroups; ++g) {
+    c[g][0] = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(begin + 16 * g)), lane);
+    c[g][1] = _mm512_set1_epi32(static_cast<int>(row));
+    c[g][2] = _mm512_set1_epi32(static_cast<int>(row >> 32));
+    c[g][3] = _mm512_setzero_si512();
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxWeyl0, k1 += kPhiloxWeyl1) {
+    const __m512i key0 = _mm512_set1_epi32(static_cast<int>(k0)), key1 = _mm512_set1_epi32(static_cast<int>(k1));
+    for (int g = 0; g < kGroups; ++g) {
+      __m512i high0, high1;
+      const __m512i low0 = multiply(c[g][0], m0, high0), low1 = multiply(c[g][2], m1, high1);
+      c[g][0] = _mm512_ternarylogic_epi32(high1, c[g][1], key0, 0x96);  // exclusive or of the three
+      c[g][1] = low1;
+      c[g][2] = _mm512_ternarylogic_epi32(high0, c[g][3], key1, 0x96);
+      c[g][3] = low0;
+    }
+  }
+  for (int g = 0; g < kGroups; ++g) {
+    // Each comparison gives two bits per block; pdep spreads them over the blocks' bytes.
+    uint64_t bits[4];
+    for (int w = 0; w < 4; ++w) bits[w] = _mm512_cmpge_epu16_mask(c[g][w], limit);
+    for (int half = 0; half < 2; ++half) {
+      uint64_t bytes = 0;
+      for (int w = 0; w < 4; ++w) bytes |= _pdep_u64(bits[w] >> (16 * half), 0x0303030303030303ull << (2 * w));
+      std::memcpy(out + 16 * g + 8 * half, &bytes, sizeof bytes);
+    }
+  }
+}
+#endif
+
 // Keep-bytes of one row, blocks [begin, begin + count): the vector form of dropout_byte.
 inline void dropout_bytes(uint64_t seed, int64_t row, int64_t begin, int64_t count, uint32_t threshold, uint8_t* out) {
   int64_t i = 0;
 #if defined(__AVX512BW__) && defined(__BMI2__)
   if (threshold < 0x10000u) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i m0 = _mm512_set1_epi32(static_cast<int>(kPhiloxMultiplier0)), m1 = _mm512_set1_epi32(static_cast<int>(kPhiloxMultiplier1));
-    const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
-    for (; i + 16 <= count; i += 16) {
-      __m512i c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(begin + i)), lane);
-      __m512i c1 = _mm512_set1_epi32(static_cast<int>(row)), c2 = _mm512_set1_epi32(static_cast<int>(row >> 32)), c3 = _mm512_setzero_si512();
-      uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-      for (int round = 0; round < kPhiloxRounds; ++round) {
-        const __m512i even0 = _mm512_mul_epu32(c0, m0), odd0 = _mm512_mul_epu32(_mm512_srli_epi64(c0, 32), m0);
-        const __m512i even1 = _mm512_mul_epu32(c2, m1), odd1 = _mm512_mul_epu32(_mm512_srli_epi64(c2, 32), m1);
-        const __m512i high0 = _mm512_mask_mov_epi32(_mm512_srli_epi64(even0, 32), 0xaaaa, odd0);
-        const __m512i high1 = _mm512_mask_mov_epi32(_mm512_srli_epi64(even1, 32), 0xaaaa, odd1);
-        const __m512i low0 = _mm512_mask_mov_epi32(even0, 0xaaaa, _mm512_slli_epi64(odd0, 32));
-        const __m512i low1 = _mm512_mask_mov_epi32(even1, 0xaaaa, _mm512_slli_epi64(odd1, 32));
-        c0 = _mm512_ternarylogic_epi32(high1, c1, _mm512_set1_epi32(static_cast<int>(k0)), 0x96);
-        c1 = low1;
-        c2 = _mm512_ternarylogic_epi32(high0, c3, _mm512_set1_epi32(static_cast<int>(k1)), 0x96);
-        c3 = low0;
-        k0 += kPhiloxWeyl0;
-        k1 += kPhiloxWeyl1;
-      }
-      // Each comparison gives two bits per block; pdep spreads them over the blocks' bytes.
-      const uint64_t b0 = _mm512_cmpge_epu16_mask(c0, limit), b1 = _mm512_cmpge_epu16_mask(c1, limit);
-      const uint64_t b2 = _mm512_cmpge_epu16_mask(c2, limit), b3 = _mm512_cmpge_epu16_mask(c3, limit);
-      for (int half = 0; half < 2; ++half) {
-        const int shift = 16 * half;
-        const uint64_t bytes = _pdep_u64(b0 >> shift, 0x0303030303030303ull) | _pdep_u64(b1 >> shift, 0x0c0c0c0c0c0c0c0cull) |
-                               _pdep_u64(b2 >> shift, 0x3030303030303030ull) | _pdep_u64(b3 >> shift, 0xc0c0c0c0c0c0c0c0ull);
-        std::memcpy(out + i + 8 * half, &bytes, sizeof bytes);
-      }
-    }
+    for (; i + 32 <= count; i += 32) dropout_groups<2>(seed, row, begin + i, threshold, out + i);
+    for (; i + 16 <= count; i += 16) dropout_groups<1>(seed, row, begin + i, threshold, out + i);
   }
 #endif
   for (; i < count; ++i) out[i] = dropout_byte(seed, row, begin + i, threshold);

@@ -57,17 +57,19 @@ template <class M, int I, int V, int64_t kXRow, int64_t kXStep>
 inline void micro(const typename M::Element* x, const typename M::Element* packed, int64_t packed_stride, int64_t steps,
                   typename M::Acc* out, int64_t out_stride, bool accumulate) {
   using A = typename M::Acc;
-  Vector<A> sum[I][V];
-  for (int i = 0; i < I; ++i)
-    for (int v = 0; v < V; ++v) sum[i][v] = accumulate ? load(out + i * out_stride + v * kLanes<A>) : Vector<A>{};
+  Vector<A> sum[I][V] = {};
   for (int64_t k = 0; k < steps; ++k) {
     typename M::Operand b[V];
     for (int v = 0; v < V; ++v) b[v] = load_raw<typename M::Operand>(packed + k * packed_stride + v * kLanes<A>);
     for (int i = 0; i < I; ++i)
       for (int v = 0; v < V; ++v) sum[i][v] = M::add_product(sum[i][v], x[i * kXRow + k * kXStep], b[v]);
   }
+  // A long sum is a sum of short ones, which keeps its rounding error near that of a vendor's blocked GEMM.
   for (int i = 0; i < I; ++i)
-    for (int v = 0; v < V; ++v) store(out + i * out_stride + v * kLanes<A>, sum[i][v]);
+    for (int v = 0; v < V; ++v) {
+      A* to = out + i * out_stride + v * kLanes<A>;
+      store(to, accumulate ? load(to) + sum[i][v] : sum[i][v]);
+    }
 }
 
 // The same for `rows` rows, a multiple of kTile, and `width` columns, a multiple of the vector.

@@ -15,11 +15,11 @@ constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own ker
 constexpr int64_t kSmallBlock = 8;      // weight rows per step of that kernel
 constexpr int64_t kSmallPiece = 512;    // features per step of that kernel, for more than one row
 
-// Width of the column panels of the gradient pass: at least 16 panels where the features allow it, so that many threads have
-// work, and no narrower than 64, because each panel writes a partial [rows, rank] sum.
+// Width of the column panels of the gradient pass: about 16 panels, so that many threads have work, but no narrower than 128,
+// because each panel writes a partial [rows, rank] sum.
 inline int64_t gradient_panel(int64_t features) {
   const int64_t width = round_up(ceil_div(features, 16), 64);
-  return width < 64 ? 64 : width > kColumnChunk ? kColumnChunk : width;
+  return width < 128 ? 128 : min_of(width, kColumnChunk);
 }
 
 }  // namespace peftops::lora
