@@ -4,7 +4,8 @@ from ._load import load_library
 
 load_library()
 
-from . import ops  # noqa: E402
+from . import nn, ops  # noqa: E402
+from .methods import LoRA, attach, load  # noqa: E402
 
-__all__ = ["ops"]
+__all__ = ["LoRA", "attach", "load", "nn", "ops"]
 __version__ = "0.1.0"
