@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,6 +17,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PACKAGE = ROOT / "python" / "peftops"
 
 
 def version() -> str:
@@ -21,26 +25,46 @@ def version() -> str:
     return re.search(r'^version = "(.+)"$', text, re.MULTILINE).group(1)
 
 
+def directory_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise SystemExit(f"peftops: the build needs {package}: install it, or build without --no-build-isolation")
+    return Path(spec.origin).parent
+
+
+def tool(name: str) -> str:
+    # The scripts of this Python come last: with build isolation, pip puts those of the build's own environment first.
+    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")]))
+    if found is None:
+        raise SystemExit(f"peftops: the build needs {name}: pip install {name}, or build without --no-build-isolation")
+    return found
+
+
 class CMakeBuild(build_ext):
-    """One CMake build for libpeftops and _C."""
+    """One CMake build for libpeftops and _C, incremental. The environment variable CMAKE_ARGS adds options."""
 
     def run(self) -> None:
-        torch = Path(importlib.util.find_spec("torch").origin).parent
-        pybind11 = Path(importlib.util.find_spec("pybind11").origin).parent
-        # An editable install keeps its build directory, so that the next build is incremental.
-        build = ROOT / "build" / "cmake" if self.inplace else Path(self.build_temp).resolve() / "cmake"
-        package = ROOT / "python" / "peftops" if self.inplace else Path(self.build_lib).resolve() / "peftops"
-        build.mkdir(parents=True, exist_ok=True)
+        build = ROOT / "build" / "cmake"
+        package = PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "peftops"
+        cmake = tool("cmake")
         configure = [
-            f"-DPEFTOPS_TORCH_DIR={torch}",
+            f"-DPEFTOPS_TORCH_DIR={directory_of('torch')}",
             f"-DPEFTOPS_VERSION={version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}",
-            f"-DCMAKE_INSTALL_PREFIX={package}",
+            f"-Dpybind11_DIR={directory_of('pybind11') / 'share' / 'cmake' / 'pybind11'}",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DCMAKE_INSTALL_PREFIX={PACKAGE}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *configure], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count())], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--strip"], check=True)
+        # CMake would keep what it found for another Python, torch or compiler option.
+        record = build / "configuration.txt"
+        if not record.exists() or record.read_text() != "\n".join(configure):
+            shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True, exist_ok=True)
+        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *configure], check=True)
+        record.write_text("\n".join(configure))
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count())], check=True)
+        subprocess.run([cmake, "--install", str(build), "--strip", "--prefix", str(package)], check=True)
 
 
 class PlatformWheel(bdist_wheel):
@@ -55,6 +79,11 @@ class PlatformWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+    def run(self) -> None:
+        # A module that was deleted since the last build must not come back from this directory.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
 
 setup(

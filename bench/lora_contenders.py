@@ -1,0 +1,381 @@
+"""LoRA's contenders: peftops, Hugging Face PEFT and the frozen base, on one linear and on one Llama decoder layer.
+
+Contenders of a case share the weights and inputs; their factors hold the same values. Every result is checked against
+the law in float64 before it is timed, under dropout with the very mask that the contender drew.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import harness
+import torch
+from harness import BASE, Contender, Unavailable
+from torch import Tensor, nn
+
+RANK, ALPHA = 16, 32
+SCALE = ALPHA / RANK
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+OURS, PEFT, COMPILED = "peftops", "PEFT", "PEFT compiled"
+OURS_FP32, PEFT_FP32 = f"{OURS}, fp32 factors", f"{PEFT}, fp32 factors"
+
+
+# ---- contenders ------------------------------------------------------------------------------------------------------
+
+
+def peftops_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None) -> nn.Module:
+    from peftops.nn import LoRALinear
+
+    return LoRALinear.from_linear(linear, rank=RANK, alpha=ALPHA, dropout=dropout, adapter_dtype=factor_dtype)
+
+
+def peft_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None) -> nn.Module:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout)
+    layer = Linear(linear, "default", config, r=RANK, lora_alpha=ALPHA)
+    for factor in factors(layer):
+        factor.data = factor.data.to(factor_dtype or linear.weight.dtype)
+    return layer
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A contender that puts LoRA over a linear. factor_dtype None = the base's."""
+
+    name: str
+    builder: Callable[[nn.Linear, float, torch.dtype | None], nn.Module]
+    factor_dtype: torch.dtype | None = None
+    compiled: bool = False
+
+
+def kinds(dtype: torch.dtype, compiled: bool) -> list[Kind]:
+    result = [Kind(OURS, peftops_layer), Kind(PEFT, peft_layer)]
+    if dtype != torch.float32:
+        result += [Kind(OURS_FP32, peftops_layer, torch.float32), Kind(PEFT_FP32, peft_layer, torch.float32)]
+    return result + ([Kind(COMPILED, peft_layer, compiled=True)] if compiled else [])
+
+
+def factors(module: nn.Module) -> list[Tensor]:
+    """Parameters A, B of every LoRA layer inside, in the order of the layers; PEFT and peftops name them alike but for
+    case.
+    """
+    named = [(name.lower(), p) for name, p in module.named_parameters()]
+    return [p for name, p in named if "lora_a" in name or "lora_b" in name]
+
+
+def fill_factors(layer: nn.Module, in_features: int, seed: int) -> None:
+    """The same values in every contender: bfloat16 numbers, with B not zero, so that LoRA's part is as large as the
+    base's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    a, b = factors(layer)
+    with torch.no_grad():
+        a.copy_((torch.randn(a.shape, generator=generator) / in_features**0.5).bfloat16())
+        b.copy_((torch.randn(b.shape, generator=generator) / RANK**0.5).bfloat16())
+
+
+def shell(weight: nn.Parameter) -> nn.Linear:
+    """An nn.Linear of its own around a shared, frozen weight."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    return linear
+
+
+def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter((torch.randn(*shape) / shape[-1] ** 0.5).to(dtype), requires_grad=False)
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+class Reference(nn.Module):
+    """The law in float64: y = x W^T + scale * (mask * x / (1 - p)) A^T B^T."""
+
+    def __init__(self, weight: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight.double(), requires_grad=False)
+        if lora_a is not None:
+            self.lora_a, self.lora_b = nn.Parameter(lora_a.detach().double()), nn.Parameter(lora_b.detach().double())
+        self.mask: Tensor | None = None
+        self.dropout = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.t()
+        if not hasattr(self, "lora_a"):
+            return y
+        kept = x if self.mask is None else x * self.mask / (1 - self.dropout)
+        return y + SCALE * kept @ self.lora_a.t() @ self.lora_b.t()
+
+
+def gradients(module: Callable, x: Tensor, dy: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+    """(y, dx, parameter gradients...)."""
+    y = module(x)
+    return y, *torch.autograd.grad(y, [x, *parameters], dy)
+
+
+def relative_error(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float, who: str) -> float:
+    """Largest |got - wanted| / |wanted| (Frobenius norms); AssertionError above the tolerance."""
+    worst = 0.0
+    for index, (g, w) in enumerate(zip(got, wanted, strict=True)):
+        error = ((g.double() - w).norm() / w.norm()).item()
+        if not error <= tolerance:
+            raise AssertionError(
+                f"{who}: result {index} of (y, dx, da, db, ...) is wrong: relative error {error:.2e} > {tolerance:.0e}"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def probed_mask(layer: Callable, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed: int, p: float) -> Tensor:
+    """The dropout mask that `layer` draws after `manual_seed(seed)`: with factors and dy of ones, dx is huge exactly
+    where x was kept.
+    """
+    kept_a, kept_b = lora_a.detach().clone(), lora_b.detach().clone()
+    with torch.no_grad():
+        lora_a.fill_(1), lora_b.fill_(1)
+    torch.manual_seed(seed)
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, [x], torch.ones_like(y))
+    with torch.no_grad():
+        lora_a.copy_(kept_a), lora_b.copy_(kept_b)
+    mask = dx > 0.5 * SCALE * RANK * lora_b.shape[0]
+    share, noise = mask.double().mean().item(), (p * (1 - p) / mask.numel()) ** 0.5
+    if abs(share - (1 - p)) > 5 * noise + 1e-4:
+        raise AssertionError(f"dropout {p} keeps {share:.4f} of the elements")
+    return mask
+
+
+# ---- one linear ------------------------------------------------------------------------------------------------------
+
+
+def rotation(bytes_per_set: int, last_cache: int) -> int:
+    """Number of input sets: together four times the last cache, so that none is cached when its turn comes again."""
+    return max(2, min(256, math.ceil(4 * last_cache / bytes_per_set)))
+
+
+def _compiled(call: Callable) -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(call, dynamic=False)
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+def _or_unavailable(check: Callable[[], float], kind: Kind) -> Callable[[], float]:
+    """A peer that torch.compile cannot take here is left out; a wrong result still fails."""
+
+    def checked() -> float:
+        try:
+            return check()
+        except AssertionError:
+            raise
+        except Exception as error:
+            if not kind.compiled:
+                raise
+            raise Unavailable(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
+
+    return checked
+
+
+def train_contenders(
+    tokens: int, size: int, dtype: torch.dtype, p: float, compiled: bool, last_cache: int
+) -> tuple[list[Contender], int]:
+    sets = rotation((size * size + 2 * tokens * size) * dtype.itemsize, last_cache)
+    torch.manual_seed(0)
+    weights = [frozen(size, size, dtype=dtype) for _ in range(sets)]
+    xs = [torch.randn(tokens, size).to(dtype).requires_grad_() for _ in range(sets)]
+    dys = [torch.randn(tokens, size).to(dtype) for _ in range(sets)]
+
+    def contender(name: str, layers: list[nn.Module], call: Callable, mask_p: float) -> Contender:
+        parameters = [factors(layer) for layer in layers]
+
+        def step(i: int) -> object:
+            return torch.autograd.grad(call(layers[i], xs[i]), [xs[i], *parameters[i]], dys[i])
+
+        def check() -> float:
+            reference = Reference(weights[0], *parameters[0])
+            layer = functools.partial(call, layers[0])
+            if mask_p > 0:
+                reference.mask = probed_mask(layer, xs[0], *parameters[0], seed=7, p=mask_p).double()
+                reference.dropout = mask_p
+            torch.manual_seed(7)
+            got = gradients(layer, xs[0], dys[0], parameters[0])
+            x = xs[0].detach().double().requires_grad_()
+            wanted = gradients(reference, x, dys[0].double(), factors(reference))
+            return relative_error(got, wanted, TOLERANCE[dtype], name)
+
+        return Contender(name, step, check)
+
+    result = [contender(BASE, [shell(w) for w in weights], _call, 0.0)]
+    for kind in kinds(dtype, compiled):
+        layers = []
+        for i, weight in enumerate(weights):
+            layers.append(kind.builder(shell(weight), p, kind.factor_dtype).train())
+            fill_factors(layers[-1], size, seed=i)
+        c = contender(kind.name, layers, _compiled(_call) if kind.compiled else _call, p)
+        result.append(Contender(c.name, c.step, _or_unavailable(c.check, kind)))
+    return result, sets
+
+
+def decode_contenders(
+    tokens: int, size: int, dtype: torch.dtype, cached: bool, compiled: bool, last_cache: int
+) -> tuple[list[Contender], int]:
+    sets = 1 if cached else rotation(size * size * dtype.itemsize, last_cache)
+    torch.manual_seed(0)
+    weights = [frozen(size, size, dtype=dtype) for _ in range(sets)]
+    xs = [torch.randn(tokens, size).to(dtype) for _ in range(sets)]
+
+    def contender(name: str, layers: list[nn.Module], call: Callable) -> Contender:
+        @torch.no_grad()
+        def step(i: int) -> object:
+            return call(layers[i], xs[i])
+
+        def check() -> float:
+            with torch.no_grad():
+                wanted = Reference(weights[0], *factors(layers[0]))(xs[0].double())
+            return relative_error((step(0),), (wanted,), TOLERANCE[dtype], name)
+
+        return Contender(name, step, check)
+
+    result = [contender(BASE, [shell(w).eval() for w in weights], _call)]
+    for kind in kinds(dtype, compiled):
+        layers = []
+        for i, weight in enumerate(weights):
+            layers.append(kind.builder(shell(weight), 0.0, kind.factor_dtype).eval())
+            fill_factors(layers[-1], size, seed=i)
+        c = contender(kind.name, layers, _compiled(_call) if kind.compiled else _call)
+        result.append(Contender(c.name, c.step, _or_unavailable(c.check, kind)))
+    return result, sets
+
+
+def saved_contenders(tokens: int, size: int, dtype: torch.dtype, p: float) -> tuple[list[Contender], int]:
+    weight = frozen(size, size, dtype=dtype)
+    x = torch.randn(tokens, size).to(dtype).requires_grad_()
+    result = []
+    for kind in kinds(dtype, compiled=False):
+        layer = kind.builder(shell(weight), p, kind.factor_dtype).train()
+        held = [*layer.parameters(), *layer.buffers()]
+        facts = functools.partial(_saved_facts, functools.partial(layer, x), held)
+        result.append(Contender(kind.name, lambda i: None, facts=facts))
+    return result, 1
+
+
+def _saved_facts(forward: Callable, held: list[Tensor]) -> dict:
+    return {"saved_bytes": harness.saved_bytes(forward, held)}
+
+
+# ---- one Llama decoder layer -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Llama 3.2 1B's decoder layer."""
+
+    hidden: int = 2048
+    intermediate: int = 8192
+    heads: int = 32
+    key_value_heads: int = 8
+    tokens: int = 512
+
+
+def llama_block(shape: BlockShape) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """(decoder layer in float32 with random weights, its rotary embeddings)."""
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        num_hidden_layers=1,
+        attn_implementation="sdpa",
+    )
+    block = LlamaDecoderLayer(config, 0).requires_grad_(False)
+    position_ids = torch.arange(shape.tokens).unsqueeze(0)
+    return block, LlamaRotaryEmbedding(config)(torch.zeros(1), position_ids)
+
+
+def with_layers(block: nn.Module, replace: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """A copy of the block that shares its weights, every linear replaced."""
+    block = copy.deepcopy(block, {id(p): p for p in block.parameters()})
+    for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
+        parent, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(parent), leaf, replace(linear))
+    return block
+
+
+def block_contenders(shape: BlockShape, dtype: torch.dtype, p: float) -> tuple[list[Contender], int]:
+    torch.manual_seed(0)
+    block, rotary = llama_block(shape)
+    block = block.to(dtype)
+    rotary = tuple(r.to(dtype) for r in rotary)
+    sets = 2  # the weights alone exceed the caches
+    xs = [torch.randn(1, shape.tokens, shape.hidden).to(dtype).requires_grad_() for _ in range(sets)]
+    dys = [torch.randn(1, shape.tokens, shape.hidden).to(dtype) for _ in range(sets)]
+
+    @functools.cache  # the factors hold the same values in every contender
+    def reference_results(with_factors: bool) -> tuple[Tensor, ...]:
+        """In float64, with every linear replaced by the law."""
+        seeds = itertools.count()
+
+        def law(linear: nn.Linear) -> nn.Module:
+            if not with_factors:
+                return Reference(linear.weight)
+            lora_a, lora_b = torch.empty(RANK, linear.in_features), torch.empty(linear.out_features, RANK)
+            exact = Reference(linear.weight, lora_a, lora_b)
+            fill_factors(exact, linear.in_features, next(seeds))
+            return exact
+
+        exact = with_layers(block, law)
+        for norm in (exact.input_layernorm, exact.post_attention_layernorm):
+            norm.weight = nn.Parameter(norm.weight.double(), requires_grad=False)
+        x, cos_sin = xs[0].detach().double().requires_grad_(), tuple(r.double() for r in rotary)
+        return gradients(lambda x: _block_call(exact, x, cos_sin), x, dys[0].double(), factors(exact))
+
+    def contender(name: str, module: nn.Module) -> Contender:
+        parameters = factors(module)
+
+        def step(i: int) -> object:
+            return torch.autograd.grad(_block_call(module, xs[i], rotary), [xs[i], *parameters], dys[i])
+
+        def check() -> float:
+            module.eval()  # without dropout: masks are checked on the single linears
+            got = gradients(lambda x: _block_call(module, x, rotary), xs[0], dys[0], parameters)
+            module.train()
+            wanted = reference_results(name != BASE)
+            # Several roundings follow each other here: five times what a single linear is allowed.
+            return relative_error(got, wanted, 5 * TOLERANCE[dtype], name)
+
+        def facts() -> dict:
+            held = [*module.parameters(), *module.buffers(), *rotary]
+            return {
+                "saved_bytes": harness.saved_bytes(lambda: _block_call(module, xs[0], rotary), held),
+                "peak_bytes": harness.peak_bytes(lambda: step(0)),
+            }
+
+        return Contender(name, step, check, facts)
+
+    result = [contender(BASE, with_layers(block, lambda linear: shell(linear.weight)).train())]
+    for kind in kinds(dtype, compiled=False):
+        seeds = itertools.count()
+
+        def replace(linear: nn.Linear, kind: Kind = kind, seeds=seeds) -> nn.Module:
+            layer = kind.builder(shell(linear.weight), p, kind.factor_dtype)
+            fill_factors(layer, linear.in_features, next(seeds))
+            return layer
+
+        result.append(contender(kind.name, with_layers(block, replace).train()))
+    return result, sets
+
+
+def _block_call(module: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    y = module(x, position_embeddings=rotary)
+    return y[0] if isinstance(y, tuple) else y

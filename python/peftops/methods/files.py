@@ -1,0 +1,100 @@
+"""Hugging Face PEFT's adapter files: `adapter_config.json` and `adapter_model.safetensors` in one directory.
+
+Only safetensors is read; a pickle file is never opened. Nothing in a file decides what is executed or which attribute
+is read: names are compared with names that come from the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def save_adapter(directory: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Write both files. Each is written under a temporary name and then renamed, the configuration last: a file that
+    is there is whole.
+
+    Raises ImportError without safetensors, NotADirectoryError where `directory` is a file.
+    """
+    safetensors = _safetensors()
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"save: {folder} is a file, but it must be a directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    host = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
+    text = json.dumps(config, indent=2, sort_keys=True)
+    _write(folder / TENSORS, lambda path: safetensors.torch.save_file(host, path, metadata={"format": "pt"}))
+    _write(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp's file is the owner's alone
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def load_adapter(directory: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and tensors (on the host) of an adapter directory.
+
+    Raises FileNotFoundError naming the missing file, ValueError naming a file that is damaged or holds a pickle,
+    ImportError without safetensors.
+    """
+    safetensors = _safetensors()
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load: {folder} is not a directory")
+    if not (folder / TENSORS).is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise ValueError(
+                f"load: {folder} holds {pickles[0]}, a pickle file, which could run code and is not opened; "
+                f"{TENSORS} is needed"
+            )
+        raise FileNotFoundError(f"load: {folder} has no {TENSORS}")
+    config = _read_config(folder / CONFIG)
+    try:
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+    except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"load: {folder / TENSORS} is not a valid safetensors file ({error})") from None
+    return config, tensors
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"load: {path.parent} has no {path.name}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load: {path} is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"load: {path} holds a {type(config).__name__}, but it must hold an object")
+    return config
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("adapter files need the package safetensors: pip install peftops[hf]") from None
+    return safetensors

@@ -1,0 +1,72 @@
+"""What a tuning trains, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainedModule:
+    """One module with trained parameters. kind: its class; shape: (in_features, out_features), rank: r, None for a
+    module that is trained whole; parameters and bytes: of what is trained.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int] | None
+    rank: int | None
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is trained. modules: in the model's order; skipped: full name -> the reason why a linear layer was left
+    alone;
+    model_parameters: of the whole model, the trained ones among them. `print` shows a table.
+    """
+
+    modules: tuple[TrainedModule, ...]
+    skipped: dict[str, str]
+    model_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def bytes(self) -> int:
+        """Their size in bytes."""
+        return sum(module.bytes for module in self.modules)
+
+    @property
+    def share(self) -> float:
+        """Trained parameters / all parameters of the model."""
+        return self.parameters / self.model_parameters if self.model_parameters else 0.0
+
+    def __str__(self) -> str:
+        groups: dict[tuple, list[TrainedModule]] = {}
+        for module in self.modules:
+            pattern = ".".join("*" if part.isdigit() else part for part in module.name.split("."))
+            key = (pattern, module.kind, module.shape, module.rank)
+            groups.setdefault(key, []).append(module)
+        rows = [("layers", "count", "kind", "in -> out", "rank", "parameters", "bytes")]
+        for (name, kind, shape, rank), members in groups.items():
+            rows.append(
+                (
+                    name,
+                    str(len(members)),
+                    kind,
+                    f"{shape[0]} -> {shape[1]}" if shape else "whole",
+                    str(rank) if rank else "",
+                    f"{sum(member.parameters for member in members):,}",
+                    f"{sum(member.bytes for member in members):,}",
+                )
+            )
+        rows.append(("trained", str(len(self.modules)), "", "", "", f"{self.parameters:,}", f"{self.bytes:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"{100 * self.share:.3f}% of the model's {self.model_parameters:,} parameters")
+        lines.extend(f"left alone: {name}: {reason}" for name, reason in self.skipped.items())
+        return "\n".join(lines)

@@ -1,0 +1,29 @@
+"""LoRA on transformers' `Conv1D`, the linear layer of GPT-2 with its weight stored as [in_features, out_features].
+
+Imported only where such a layer exists, so that transformers stays optional.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .lora import LoRALayer
+
+
+class LoRAConv1D(LoRALayer, Conv1D):
+    """`Conv1D` with a LoRA adapter; the factors have the shapes of :class:`LoRALinear`'s and s B A is transposed when
+    merged.
+    """
+
+    _base_class = Conv1D
+    __repr__ = nn.Module.__repr__
+
+    def __init__(self, *_args, **_kwargs) -> None:
+        raise TypeError("LoRAConv1D adapts an existing layer: use LoRAConv1D.adapt_(layer, rank=...)")
+
+    def _weight(self) -> Tensor:
+        return self.weight.t()
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"
