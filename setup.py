@@ -52,7 +52,6 @@ class CMakeBuild(build_ext):
             f"-DPEFTOPS_VERSION={version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={directory_of('pybind11') / 'share' / 'cmake' / 'pybind11'}",
-            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DCMAKE_INSTALL_PREFIX={PACKAGE}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
@@ -61,7 +60,8 @@ class CMakeBuild(build_ext):
         if not record.exists() or record.read_text() != "\n".join(configure):
             shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True, exist_ok=True)
-        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *configure], check=True)
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+        subprocess.run([cmake, *generator, "-S", str(ROOT), "-B", str(build), *configure], check=True)
         record.write_text("\n".join(configure))
         subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count())], check=True)
         subprocess.run([cmake, "--install", str(build), "--strip", "--prefix", str(package)], check=True)

@@ -17,8 +17,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_levels") = py::str(PEFTOPS_CPU_LEVELS).attr("split")(",");
   m.attr("cuda_targets") = py::list();
   m.def("cpu_level", [] { return peftops_cpu_level(); }, "Instruction-set level of the CPU kernels in use.");
-  m.def("best_cpu_level", [] { return peftops::kCpuLevelNames[static_cast<int>(peftops::best_cpu_level())]; },
-        "Highest instruction-set level that this machine runs.");
+  m.def(
+      "best_cpu_level", [] { return peftops::kCpuLevelNames[static_cast<int>(peftops::best_cpu_level())]; },
+      "Highest instruction-set level that this machine runs.");
 
   m.def("ceil_div", &peftops::ceil_div);
   m.def("round_up", &peftops::round_up);

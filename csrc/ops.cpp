@@ -10,14 +10,10 @@ STABLE_TORCH_LIBRARY(peftops, m) {
   m.def(
       "lora_linear.tensor_scale(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scale, "
       "float dropout_p=0.0, Tensor? seed=None) -> Tensor");
-  // With what backward needs: S = scale / (1 - p) * keep(x) A^T [M, r], keep-bits uint8 [M, ceil(K / 8)] ([0] where p = 0).
+  // The same with what backward needs: S = scale / (1 - p) * keep(x) A^T [M, r], keep-bits uint8 [M, ceil(K / 8)] ([0] where p = 0).
   m.def(
       "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, Tensor? tensor_scale, "
       "float dropout_p, Tensor? seed) -> (Tensor y, Tensor s, Tensor mask)");
-  // Without: what grad mode off takes; few rows get a kernel that reads the weight once.
-  m.def(
-      "lora_linear_inference(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, Tensor? tensor_scale, "
-      "float dropout_p, Tensor? seed) -> Tensor");
   // Gradients of x, weight, bias, lora_a, lora_b; [0] for each that is not needed.
   m.def(
       "lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, float scale, Tensor? tensor_scale, "

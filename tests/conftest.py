@@ -1,6 +1,4 @@
-"""What all tests share: one seed, the line that reproduces a failure, the ledger, the instruction-set level in the
-header.
-"""
+"""What all tests share: the seed, the line that reproduces a failure, the ledger."""
 
 from __future__ import annotations
 

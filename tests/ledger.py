@@ -15,9 +15,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Entry:
-    """tests: pattern (fnmatch, `[` is literal) over test ids, `tests/ops/test_x.py::test_y[*-bfloat16-*]`; begins with
-    one file.
+    """One waiver.
 
+    tests: pattern (fnmatch, `[` is literal) over the test ids of one file, `tests/ops/test_x.py::test_y[*-bfloat16-*]`.
     backend: "cpu" or "cuda". issue: where the defect is tracked. quarantine: do not run it (it crashes or hangs),
     instead of expecting its failure.
     """

@@ -23,8 +23,8 @@ template <class... Parts>
 }
 
 // A macro, so that the parts of the text are only made where it is needed.
-#define PEFTOPS_CHECK(holds, ...) \
-  do {                            \
+#define PEFTOPS_CHECK(holds, ...)               \
+  do {                                          \
     if (!(holds)) ::peftops::fail(__VA_ARGS__); \
   } while (false)
 

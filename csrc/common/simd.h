@@ -28,9 +28,9 @@ namespace {
 
 template <class T>
 struct VectorOf;
-#define PEFTOPS_VECTOR(T)                                             \
-  template <>                                                         \
-  struct VectorOf<T> {                                                \
+#define PEFTOPS_VECTOR(T)                                              \
+  template <>                                                          \
+  struct VectorOf<T> {                                                 \
     typedef T type __attribute__((vector_size(PEFTOPS_VECTOR_BYTES))); \
   };
 PEFTOPS_VECTOR(float)

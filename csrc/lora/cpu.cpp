@@ -109,7 +109,9 @@ Matrix transposed(const Matrix& m) { return {m.data, m.lanes, m.contraction, m.l
 
 // Runs body(begin, end) over the tasks on torch's threads, `grain` tasks or more on each.
 template <class Body>
-void spread(int64_t tasks, int64_t grain, const Body& body) { torch::stable::parallel_for(0, tasks, grain < 1 ? 1 : grain, body); }
+void spread(int64_t tasks, int64_t grain, const Body& body) {
+  torch::stable::parallel_for(0, tasks, grain < 1 ? 1 : grain, body);
+}
 
 // One call's kernels and scratch; scratch comes from torch's allocator and lives as long as the call.
 class Call {
@@ -121,7 +123,8 @@ class Call {
   int64_t padded(int64_t n) const { return round_up(n, kernels.lanes); }
 
   Packed scratch(int64_t rows, int64_t stride) {
-    buffers_.push_back(empty_on(like_, ScalarType::Byte, checked_product(checked_product(rows, stride, "scratch"), kernels.element, "scratch")));
+    buffers_.push_back(
+        empty_on(like_, ScalarType::Byte, checked_product(checked_product(rows, stride, "scratch"), kernels.element, "scratch")));
     return {buffers_.back().mutable_data_ptr(), stride};
   }
 
@@ -136,8 +139,8 @@ class Call {
   Tensor project(const Rows& x, const Tensor& lora_a, double factor, bool draw, uint64_t seed, uint32_t threshold, Mask mask) {
     const int64_t rows = x.rows, rank = lora_a.size(0);
     Tensor s = empty_on(like_, accumulator_of(like_), rows, rank);
-    const ProjectTask task{x.data(), rows, x.columns, x.stride, rank, pack(transposed(matrix_of(lora_a))), factor, draw,
-                           seed, threshold, mask, s.mutable_data_ptr()};
+    const ProjectTask task{x.data(), rows, x.columns, x.stride,  rank, pack(transposed(matrix_of(lora_a))),
+                           factor,   draw, seed,      threshold, mask, s.mutable_data_ptr()};
     spread(ceil_div(rows, kRowBlock), 1, [&](int64_t begin, int64_t end) { kernels.project(task, begin, end); });
     return s;
   }
@@ -153,8 +156,8 @@ class Call {
   }
 
   // gradient = keep(G)^T S into a [features, rank] view, and, where B is given, factor * G B in the same pass.
-  std::optional<Tensor> gradient(const Rows& g, const Tensor* s, Tensor* gradient, int64_t feature_stride, int64_t rank_stride, int64_t rank,
-                                 const Matrix* b, double factor, Mask mask) {
+  std::optional<Tensor> gradient(const Rows& g, const Tensor* s, Tensor* gradient, int64_t feature_stride, int64_t rank_stride,
+                                 int64_t rank, const Matrix* b, double factor, Mask mask) {
     const int64_t rows = g.rows, features = g.columns, panel = gradient_panel(features), panels = ceil_div(features, panel);
     const int64_t padded_rows = round_up(rows, kRowBlock), padded_rank = padded(rank);
     GradientTask task{};
@@ -176,7 +179,8 @@ class Call {
     if (!b) return std::nullopt;
     Tensor sum = empty_on(like_, accumulator_of(like_), rows, rank);
     spread(rows, 64, [&](int64_t begin, int64_t end) {
-      kernels.reduce(partials.const_data_ptr(), panels, padded_rows * padded_rank, padded_rank, rank, factor, sum.mutable_data_ptr(), begin, end);
+      kernels.reduce(partials.const_data_ptr(), panels, padded_rows * padded_rank, padded_rank, rank, factor, sum.mutable_data_ptr(), begin,
+                     end);
     });
     return sum;
   }
@@ -202,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
   Tensor mask = drops ? empty_on(x, ScalarType::Byte, rows, ceil_div(features, 8)) : empty_on(x, ScalarType::Byte, 0);
   Call call(x, lora_a);
   const uint64_t key = drops ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
-  const Tensor s = call.project(Rows(x, features), lora_a, scale / (1.0 - dropout_p), drops, key, dropout_threshold(dropout_p), mask_of(mask));
+  const Tensor s =
+      call.project(Rows(x, features), lora_a, scale / (1.0 - dropout_p), drops, key, dropout_threshold(dropout_p), mask_of(mask));
   call.expand(y, out_features, s, transposed(matrix_of(lora_b)), Mask{nullptr, 0});
   return {y, s, mask};
 }
@@ -210,13 +215,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> lora_linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b,
                                                        double scale, std::optional<Tensor> tensor_scale, double dropout_p,
                                                        std::optional<Tensor> seed) {
-  const Problem problem = check_problem("lora_linear_forward", x, x_features("lora_linear_forward", x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+  const char* op = "lora_linear";  // the name that callers know
+  const Problem problem = check_problem(op, x, x_features(op, x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
   return forward(problem, x, weight, bias, lora_a, lora_b, value_of(scale, tensor_scale), dropout_p, seed);
 }
 
-Tensor lora_linear_inference(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scale,
-                             std::optional<Tensor> tensor_scale, double dropout_p, std::optional<Tensor> seed) {
-  const Problem problem = check_problem("lora_linear_inference", x, x_features("lora_linear_inference", x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+// The result alone; few rows get the kernel that reads the weight once.
+Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
+                       double scale, const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed) {
+  const char* op = "lora_linear";
+  const Problem problem = check_problem(op, x, x_features(op, x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
   const auto& [features, out_features, rank] = problem;
   const double factor = value_of(scale, tensor_scale);
   const int64_t rows = rows_of(x);
@@ -246,31 +254,44 @@ Tensor lora_linear_inference(Tensor x, Tensor weight, std::optional<Tensor> bias
   if (bias) task.bias = dense_bias.const_data_ptr();
   task.s = s.const_data_ptr(), task.b = b.const_data_ptr(), task.rank = rank, task.b_stride = b.stride(0);
   task.y = y.mutable_data_ptr();
-  spread(ceil_div(out_features, kSmallBlock), grain(features + rank), [&](int64_t begin, int64_t end) { kernels.small_linear(task, begin, end); });
+  spread(ceil_div(out_features, kSmallBlock), grain(features + rank),
+         [&](int64_t begin, int64_t end) { kernels.small_linear(task, begin, end); });
   return reshaped_like(y, x, out_features);
+}
+
+Tensor lora_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scale, double dropout_p,
+                   std::optional<Tensor> seed) {
+  return lora_linear_any(x, weight, bias, lora_a, lora_b, scale, std::nullopt, dropout_p, seed);
+}
+
+Tensor lora_linear_tensor_scale(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, Tensor scale,
+                                double dropout_p, std::optional<Tensor> seed) {
+  return lora_linear_any(x, weight, bias, lora_a, lora_b, 1.0, scale, dropout_p, seed);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad, std::optional<Tensor> x, Tensor weight, Tensor lora_a,
                                                                         Tensor lora_b, double scale, std::optional<Tensor> tensor_scale,
-                                                                        double dropout_p, Tensor s, Tensor mask, bool need_x, bool need_weight,
-                                                                        bool need_bias, bool need_a, bool need_b) {
+                                                                        double dropout_p, Tensor s, Tensor mask, bool need_x,
+                                                                        bool need_weight, bool need_bias, bool need_a, bool need_b) {
   const char* op = "lora_linear_backward";
   PEFTOPS_CHECK(x.has_value() || !(need_weight || need_a), op, ": x is needed for the gradients of weight and lora_a");
   check_dim(op, "weight", weight, 2, "[out_features, features]");
-    const Problem problem =
-      check_problem(op, x ? *x : grad, x ? x_features(op, *x) : weight.size(1), weight, std::nullopt, lora_a, lora_b, tensor_scale, 0.0, std::nullopt);
+  const Problem problem = check_problem(op, x ? *x : grad, x ? x_features(op, *x) : weight.size(1), weight, std::nullopt, lora_a, lora_b,
+                                        tensor_scale, 0.0, std::nullopt);
   const auto& [features, out_features, rank] = problem;
   check_dropout(op, dropout_p, "dropout_p");
   check_dtype(op, "grad", grad, weight.scalar_type(), "weight has");
-  PEFTOPS_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, op, ": grad must be [..., ", out_features, "], but has shape ", shape_of(grad));
+  PEFTOPS_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, op, ": grad must be [..., ", out_features,
+                "], but has shape ", shape_of(grad));
   const int64_t rows = rows_of(grad);
   PEFTOPS_CHECK(!x || rows_of(*x) == rows, op, ": x has ", x ? rows_of(*x) : 0, " rows, but grad has ", rows);
   PEFTOPS_CHECK(s.dim() == 2 && s.size(0) == rows && s.size(1) == rank && s.is_contiguous() && s.scalar_type() == accumulator_of(grad), op,
-        ": s must be what lora_linear_forward returned, [", rows, ", ", rank, "], but has shape ", shape_of(s));
+                ": s must be what lora_linear_forward returned, [", rows, ", ", rank, "], but has shape ", shape_of(s));
   const bool drops = dropout_p > 0.0;
   PEFTOPS_CHECK(!drops || (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) && mask.is_contiguous() &&
-                   mask.scalar_type() == ScalarType::Byte),
-        op, ": mask must be what lora_linear_forward returned, [", rows, ", ", ceil_div(features, 8), "], but has shape ", shape_of(mask));
+                           mask.scalar_type() == ScalarType::Byte),
+                op, ": mask must be what lora_linear_forward returned, [", rows, ", ", ceil_div(features, 8), "], but has shape ",
+                shape_of(mask));
 
   const Tensor none = empty_on(grad, grad.scalar_type(), 0);
   Tensor grad_x = none, grad_weight = none, grad_bias = none, grad_a = none, grad_b = none;
@@ -326,8 +347,9 @@ Tensor lora_dropout_mask(Tensor seed, int64_t rows, int64_t cols, double p) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_linear));
+  m.impl("lora_linear.tensor_scale", TORCH_BOX(&lora_linear_tensor_scale));
   m.impl("lora_linear_forward", TORCH_BOX(&lora_linear_forward));
-  m.impl("lora_linear_inference", TORCH_BOX(&lora_linear_inference));
   m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
   m.impl("lora_dropout_mask", TORCH_BOX(&lora_dropout_mask));
 }

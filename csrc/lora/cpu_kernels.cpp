@@ -217,8 +217,8 @@ void project(const ProjectTask& t, int64_t begin, int64_t end) {
             dropout_bytes(t.seed, i, c / 8, ceil_div(columns, 8), t.threshold, t.mask.data + i * t.mask.stride + c / 8);
         unpack(static_cast<const T*>(t.x) + offset_of(first, t.x_stride, c), t.x_stride, rows, columns, kColumnChunk, t.mask, first, c,
                block);
-        tile<M, kElements, 1>(block, static_cast<const E*>(t.a.data) + (c / M::step) * t.a.stride + j, t.a.stride, ceil_div(columns, M::step),
-                              sums, kRankBlock, padded, round_up(ranks, kLanes<A>), true);
+        tile<M, kElements, 1>(block, static_cast<const E*>(t.a.data) + (c / M::step) * t.a.stride + j, t.a.stride,
+                              ceil_div(columns, M::step), sums, kRankBlock, padded, round_up(ranks, kLanes<A>), true);
       }
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t k = 0; k < ranks; ++k)
@@ -317,7 +317,8 @@ void gradient(const GradientTask& t, int64_t begin, int64_t end) {
       if (t.s.data)
         for (int64_t c = 0; c < columns; ++c)
           for (int64_t k = 0; k < ranks; ++k)
-            put(static_cast<F*>(t.gradient) + (column + c) * t.gradient_feature_stride + (j + k) * t.gradient_rank_stride, sums[c * kRankBlock + k]);
+            put(static_cast<F*>(t.gradient) + (column + c) * t.gradient_feature_stride + (j + k) * t.gradient_rank_stride,
+                sums[c * kRankBlock + k]);
     }
   }
 }
@@ -328,11 +329,14 @@ void reduce(const void* partials, int64_t panels, int64_t panel_stride, int64_t 
   for (int64_t i = begin; i < end; ++i)
     for (int64_t j = 0; j < padded_rank; j += kLanes<A>) {
       Vector<A> sum{};
-      for (int64_t panel = 0; panel < panels; ++panel) sum += load(static_cast<const A*>(partials) + panel * panel_stride + i * padded_rank + j);
+      for (int64_t panel = 0; panel < panels; ++panel)
+        sum += load(static_cast<const A*>(partials) + panel * panel_stride + i * padded_rank + j);
       sum *= static_cast<A>(factor);
       A* out = static_cast<A*>(s) + i * rank + j;
-      if (j + kLanes<A> <= rank) store(out, sum);
-      else store_part(out, sum, rank - j);
+      if (j + kLanes<A> <= rank)
+        store(out, sum);
+      else
+        store_part(out, sum, rank - j);
     }
 }
 
@@ -391,9 +395,11 @@ inline void block_products(const W* weight, int64_t weight_stride, int64_t weigh
     constexpr int N = decltype(count)::value;
     int64_t j = 0;
     for (; j + J <= rows; j += J)
-      row_products<T, W, N, J>(weight + i * weight_stride, weight_stride, x + j * x_stride, x_stride, features, sums + i * kSmallRows + j, kSmallRows);
+      row_products<T, W, N, J>(weight + i * weight_stride, weight_stride, x + j * x_stride, x_stride, features, sums + i * kSmallRows + j,
+                               kSmallRows);
     for (; j < rows; ++j)
-      row_products<T, W, N, 1>(weight + i * weight_stride, weight_stride, x + j * x_stride, x_stride, features, sums + i * kSmallRows + j, kSmallRows);
+      row_products<T, W, N, 1>(weight + i * weight_stride, weight_stride, x + j * x_stride, x_stride, features, sums + i * kSmallRows + j,
+                               kSmallRows);
   };
   int64_t i = 0;
   for (; i + I <= weight_rows; i += I) strip(std::integral_constant<int, I>{}, i);
@@ -431,19 +437,8 @@ void small(const SmallTask& t, int64_t begin, int64_t end) {
 template <class M, class T, class F>
 constexpr Kernels make() {
   using A = typename M::Acc;
-  return {M::arithmetic,
-          M::step,
-          sizeof(typename M::Element),
-          kLanes<A>,
-          pack<M, F>,
-          pack<M, A>,
-          pack_ranks<M>,
-          project<M, T>,
-          expand<M, T>,
-          gradient<M, T, F>,
-          reduce<A>,
-          small<T, T, F, T>,
-          small<T, F, F, A>};
+  return {M::arithmetic, M::step,      sizeof(typename M::Element), kLanes<A>, pack<M, F>,        pack<M, A>,       pack_ranks<M>,
+          project<M, T>, expand<M, T>, gradient<M, T, F>,           reduce<A>, small<T, T, F, T>, small<T, F, F, A>};
 }
 
 const Kernels& find(Storage x, Storage factors) {

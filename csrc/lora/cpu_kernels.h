@@ -93,8 +93,8 @@ struct Kernels {
   void (*project)(const ProjectTask&, int64_t begin, int64_t end);
   void (*expand)(const ExpandTask&, int64_t begin, int64_t end);
   void (*gradient)(const GradientTask&, int64_t begin, int64_t end);
-  void (*reduce)(const void* partials, int64_t panels, int64_t panel_stride, int64_t padded_rank, int64_t rank, double factor,
-                 void* s, int64_t begin, int64_t end);  // rows
+  void (*reduce)(const void* partials, int64_t panels, int64_t panel_stride, int64_t padded_rank, int64_t rank, double factor, void* s,
+                 int64_t begin, int64_t end);  // rows
   void (*small_linear)(const SmallTask&, int64_t begin, int64_t end);
   void (*small_project)(const SmallTask&, int64_t begin, int64_t end);  // S = x A^T: weight is lora_a, y holds accumulators
 };

@@ -1,9 +1,6 @@
-// The differentiable entries of the LoRA family: argument checks and the choice between training and inference.
 #include "lora.h"
 
-#include <torch/csrc/stable/library.h>
-
-#include "../common/call.h"
+#include <utility>
 
 namespace peftops::lora {
 
@@ -16,8 +13,9 @@ void check_seed(const char* op, const Tensor& seed) {
   PEFTOPS_CHECK(seed.dim() == 1 && seed.size(0) == 1, op, ": seed must have shape [1], but has ", shape_of(seed));
 }
 
-Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a,
-                      const Tensor& lora_b, const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed) {
+Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& tensor_scale, double dropout_p,
+                      const std::optional<Tensor>& seed) {
   const ScalarType type = x.scalar_type();
   PEFTOPS_CHECK(is_float(type), op, ": x has dtype ", name_of(type), ", but must be float32, bfloat16, float16 or float64");
   check_dim(op, "weight", weight, 2, "[out_features, features]");
@@ -35,12 +33,13 @@ Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const
   check_dtype(op, "lora_b", lora_b, lora_a.scalar_type(), "lora_a has");
   const bool narrow = type == ScalarType::BFloat16 || type == ScalarType::Half;
   PEFTOPS_CHECK(lora_a.scalar_type() == type || (narrow && lora_a.scalar_type() == ScalarType::Float), op, ": lora_a has dtype ",
-        name_of(lora_a.scalar_type()), ", but must have x's, ", name_of(type), narrow ? ", or float32" : "");
+                name_of(lora_a.scalar_type()), ", but must have x's, ", name_of(type), narrow ? ", or float32" : "");
   for (const auto& [name, tensor] : {std::pair{"weight", &weight}, std::pair{"lora_a", &lora_a}, std::pair{"lora_b", &lora_b}})
     check_same_device(op, name, *tensor, x);
 
   if (bias) {
-    PEFTOPS_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features, "], but has ", shape_of(*bias));
+    PEFTOPS_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features, "], but has ",
+                  shape_of(*bias));
     check_dtype(op, "bias", *bias, type, "x has");
     check_same_device(op, "bias", *bias, x);
   }
@@ -56,41 +55,6 @@ Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const
     check_same_device(op, "seed", *seed, x);
   }
   return problem;
-}
-
-namespace {
-
-// Tensor::size asks for all sizes, which would make a compiled graph specialise on the number of tokens.
-int64_t last_size(const Tensor& t) {
-  StableIValue stack[2] = {torch::stable::detail::from(t), torch::stable::detail::from(t.dim() - 1)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sym_size", "int", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<int64_t>(stack[0]);
-}
-
-Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
-                       double scale, const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed) {
-  PEFTOPS_CHECK(x.dim() >= 1, "lora_linear: x must be [..., features], but has no dimension");
-  check_problem("lora_linear", x, last_size(x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
-  if (aoti_torch_grad_mode_is_enabled())
-    return call<3>("peftops::lora_linear_forward", x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed)[0];
-  return call<1>("peftops::lora_linear_inference", x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed)[0];
-}
-
-Tensor lora_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scale, double dropout_p,
-                   std::optional<Tensor> seed) {
-  return lora_linear_any(x, weight, bias, lora_a, lora_b, scale, std::nullopt, dropout_p, seed);
-}
-
-Tensor lora_linear_tensor_scale(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, Tensor scale,
-                                double dropout_p, std::optional<Tensor> seed) {
-  return lora_linear_any(x, weight, bias, lora_a, lora_b, 1.0, scale, dropout_p, seed);
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(peftops, CompositeImplicitAutograd, m) {
-  m.impl("lora_linear", TORCH_BOX(&lora_linear));
-  m.impl("lora_linear.tensor_scale", TORCH_BOX(&lora_linear_tensor_scale));
 }
 
 }  // namespace peftops::lora

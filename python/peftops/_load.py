@@ -13,8 +13,8 @@ LIBRARY = Path(__file__).parent / "lib" / "libpeftops.so"
 def load_library() -> None:
     """Register the operators of libpeftops with torch.
 
-    Raises ImportError with what is missing where the library was not built, torch is older than 2.10, or the environment variable
-    PEFTOPS_CPU_LEVEL names a level that this machine does not run.
+    Raises ImportError with what is missing where the library was not built, torch is older than 2.10, or the environment
+    variable PEFTOPS_CPU_LEVEL names a level that this machine does not run.
     """
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if release < (2, 10):

@@ -26,7 +26,9 @@ print(peftops.__file__, y[0, 0].item(), a.grad[0, 0].item(), peftops.__version__
 
 def pip(*arguments: str | Path) -> None:
     command = [sys.executable, "-m", "pip", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    # cmake and ninja as `make build` finds them, so that nothing is compiled twice.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,6 +1,4 @@
-"""Generated from the contracts: every operator, every dtype, every check of the oracle kit; and every schema has a
-contract.
-"""
+"""Generated from the contracts: every operator, dtype and check; and every schema has a contract."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""LoRA's own laws, over shapes that no list of samples foresees; what every operator promises is tested in
-test_contracts.py.
-"""
+"""LoRA's own laws, over shapes that no list of samples foresees."""
 
 from __future__ import annotations
 

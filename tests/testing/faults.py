@@ -1,5 +1,4 @@
-"""Stand-in operators for the oracle kit: a correct LoRA linear in plain torch, and copies of it with one planted fault
-each.
+"""Stand-in operators: a correct LoRA linear in plain torch, and copies of it with one planted fault each.
 
 They live in the namespace `peftops_faults`, with contracts of their own that no generated test sees.
 """

@@ -1,4 +1,4 @@
-"""The oracle kit bites: each planted fault is caught by the checks named here, and the correct twin passes every check."""
+"""The oracle kit bites: each planted fault is caught, and the correct twin passes every check."""
 
 from __future__ import annotations
 

@@ -62,8 +62,7 @@ def _is_number(value: object) -> bool:
 
 
 class LoRALayer(nn.Module):
-    """What LoRA adds to a linear layer with the frozen parameters `weight` and `bias`; a mixin before the layer's own
-    class.
+    """What LoRA adds to a linear layer; a mixin that stands before the layer's own class.
 
     Attributes: rank; alpha; scaling, the number s that multiplies the adapter; lora_dropout, its p; merged, whether
     `weight` holds the sum; disabled, whether the adapter is switched off.
@@ -114,31 +113,31 @@ class LoRALayer(nn.Module):
         else:
             lora_a, lora_b = (factor.detach().to(weight.device, dtype, copy=True) for factor in factors)
         scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
+        scale = torch.full((), scaling, dtype=torch.float32, device=weight.device)
 
+        # Nothing below can fail.
         layer.__class__ = cls
         layer.rank, layer.alpha, layer.scaling, layer.use_rslora = rank, alpha, scaling, use_rslora
         layer.lora_dropout, layer.lora_init, layer.adapter_dtype = float(dropout), init, adapter_dtype
         layer.merged, layer.disabled, layer._base_weight = False, False, None
         layer.lora_a = nn.ParameterDict({ADAPTER: nn.Parameter(lora_a)})
         layer.lora_b = nn.ParameterDict({ADAPTER: nn.Parameter(lora_b)})
-        scale = torch.full((), scaling, dtype=torch.float32, device=weight.device)
         layer.register_buffer("lora_scale", scale, persistent=False)
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(False)
         return layer
 
     def remove_(self) -> nn.Module:
-        """Take the factors out and give the layer its own class back, in place; `weight` and `bias` are left as they
-        are.
-        """
+        """Take the factors out and give the layer its own class back, in place; weight and bias stay as they are."""
         for name in _ADDED:
             delattr(self, name)
         self.__class__ = self._base_class
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]; dropout only in training mode, its seed from torch's
-        generator.
+        """x [..., in_features] -> [..., out_features].
+
+        Dropout acts in training mode only; its seed comes from torch's generator, so that checkpointing replays it.
         """
         if self.merged:
             return super().forward(x)
@@ -159,7 +158,9 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True) -> None:
-        """weight <- weight + s B A, summed in float32 and rounded once; a merged layer stays as it is.
+        """weight <- weight + s B A, summed in float32 (float64 over a float64 base) and rounded once.
+
+        A merged layer stays as it is.
 
         keep_base: keep the base weight's bits in host memory, so that :meth:`unmerge` restores them exactly. A later
         `merge(keep_base=False)` frees them.
@@ -197,9 +198,7 @@ class LoRALayer(nn.Module):
         self.lora_scale = self._fresh_scale(self.lora_scale.device)
 
     def reset_lora_parameters(self) -> None:
-        """Draw A anew and set B to 0: for factors that were created on the meta device and materialised with
-        `to_empty`.
-        """
+        """Draw A anew and set B to 0: for factors that come from the meta device by way of `to_empty`."""
         with torch.no_grad():
             _init_down(self.lora_a[ADAPTER], self.rank, self.lora_init)
             self.lora_b[ADAPTER].zero_()
@@ -258,12 +257,11 @@ class LoRALinear(LoRALayer, nn.Linear):
         """A new layer on the parameters of `linear` (the same objects, now frozen); `linear` itself keeps its class.
 
         rank: rank r of the adapter; above min(in_features, out_features) is legal.
-        alpha: s = alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski, 2023); None = rank, that is s
-            = 1.
+        alpha: s = alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski, 2023); None = rank.
         dropout: p of the dropout on the adapter's input, in training mode only.
         adapter_dtype: None = the base weight's, or `torch.float32`.
-        init: "kaiming" draws A as `nn.Linear` does, U(-1/sqrt(in_features), 1/sqrt(in_features)); "gaussian" N(0,
-            1/rank^2). B = 0.
+        init: "kaiming" draws A as `nn.Linear` does, U(-1/sqrt(in_features), 1/sqrt(in_features)); "gaussian" draws
+            N(0, 1/rank^2). B starts at 0.
 
         Raises TypeError for a layer that cannot carry LoRA, ValueError for a hyperparameter out of range.
         """

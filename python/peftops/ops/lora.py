@@ -139,11 +139,6 @@ def reference_forward(x, weight, bias, lora_a, lora_b, scale, tensor_scale, drop
     return y, s.to(_accumulator(x.dtype)), mask
 
 
-def reference_inference(x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed):
-    """`lora_linear_inference` as composed in plain torch."""
-    return reference(x, weight, bias, lora_a, lora_b, _scale(scale, tensor_scale), dropout_p, seed)
-
-
 def reference_backward(
     grad, x, weight, lora_a, lora_b, scale, tensor_scale, dropout_p, s, mask, need_x, need_weight, need_bias, need_a, need_b
 ):
@@ -171,6 +166,12 @@ def reference_backward(
 # ---- fake ------------------------------------------------------------------------------------------------------------
 
 
+@torch.library.register_fake("peftops::lora_linear")
+@torch.library.register_fake("peftops::lora_linear.tensor_scale")
+def _(x, weight, bias, lora_a, lora_b, scale=1.0, dropout_p=0.0, seed=None):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 @torch.library.register_fake("peftops::lora_linear_forward")
 def _(x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed):
     rows = _rows(x)
@@ -180,11 +181,6 @@ def _(x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed):
         x.new_empty(rows, lora_a.shape[0], dtype=_accumulator(x.dtype)),
         x.new_empty(mask, dtype=torch.uint8),
     )
-
-
-@torch.library.register_fake("peftops::lora_linear_inference")
-def _(x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("peftops::lora_linear_backward")
@@ -265,14 +261,33 @@ def _below_autograd(op, args):
         return op(*args)
 
 
+def _records(args) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
 def _differentiate(op, function, args):
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return function.apply(*args)
-    return _below_autograd(op, args)
+    return function.apply(*args) if _records(args) else _below_autograd(op, args)
 
 
-# torch.library.register_autograd does the same, with 50 microseconds more of Python per call.
+def _lora_linear(x, weight, bias, lora_a, lora_b, scale=1.0, dropout_p=0.0, seed=None):
+    args = (x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    if _records(args):
+        return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scale, None, dropout_p, seed)[0]
+    return _below_autograd(_ops.lora_linear.default, args)
+
+
+def _lora_linear_tensor_scale(x, weight, bias, lora_a, lora_b, scale, dropout_p=0.0, seed=None):
+    args = (x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    if _records(args):
+        return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, 1.0, scale, dropout_p, seed)[0]
+    return _below_autograd(_ops.lora_linear.tensor_scale, args)
+
+
+# Not a composite in C++: checkpointing ends its recomputation with an exception out of save_for_backward, which would not
+# survive the C boundary. torch.library.register_autograd takes 50 microseconds more per call and has one formula per operator.
 _library = torch.library.Library("peftops", "IMPL")
+_library.impl("lora_linear", _lora_linear, "Autograd")
+_library.impl("lora_linear.tensor_scale", _lora_linear_tensor_scale, "Autograd")
 _library.impl("lora_linear_forward", lambda *a: _differentiate(_ops.lora_linear_forward.default, _LoRALinear, a), "Autograd")
 _library.impl(
     "lora_linear_backward", lambda *a: _differentiate(_ops.lora_linear_backward.default, _LoRALinearBackward, a), "Autograd"
@@ -313,7 +328,7 @@ def _register_autocast(device: str) -> None:
 
     _library.impl("lora_linear", rule(_ops.lora_linear.default), key)
     _library.impl("lora_linear.tensor_scale", rule(_ops.lora_linear.tensor_scale), key)
-    for inner in ("lora_linear_forward", "lora_linear_inference", "lora_linear_backward"):
+    for inner in ("lora_linear_forward", "lora_linear_backward"):
         _library.impl(inner, unchanged(getattr(_ops, inner).default), key)
 
 
@@ -449,13 +464,10 @@ def _tensor_scale_errors(device) -> Iterator[ErrorSample]:
     yield ErrorSample(Sample((x, weight, None, a, b, scale.view(1))), r"lora_linear: scale must be a number or have shape \[\], but has \[1\]")
 
 
-def _inner_errors(name):
-    def errors(device) -> Iterator[ErrorSample]:
-        for a, match in _error_parts(device):
-            args = (a["x"], a["weight"], a["bias"], a["lora_a"], a["lora_b"], 1.0, None, a["dropout_p"], a["seed"])
-            yield ErrorSample(Sample(args), f"{name}: {match}")
-
-    return errors
+def _forward_errors(device) -> Iterator[ErrorSample]:
+    for a, match in _error_parts(device):
+        args = (a["x"], a["weight"], a["bias"], a["lora_a"], a["lora_b"], 1.0, None, a["dropout_p"], a["seed"])
+        yield ErrorSample(Sample(args), f"lora_linear: {match}")
 
 
 def _backward_errors(device) -> Iterator[ErrorSample]:
@@ -510,19 +522,9 @@ register(
         "peftops::lora_linear_forward",
         reference_forward,
         _inner_samples,
-        _inner_errors("lora_linear_forward"),
+        _forward_errors,
         _FLOATS,
         _DIFFERENTIABLE,
-        rows=_ROWS,
-    )
-)
-register(
-    Contract(
-        "peftops::lora_linear_inference",
-        reference_inference,
-        _inner_samples,
-        _inner_errors("lora_linear_inference"),
-        _FLOATS,
         rows=_ROWS,
     )
 )

@@ -50,9 +50,7 @@ def check_schema(contract: Contract) -> None:
 
 
 def check_samples(contract: Contract, device: torch.device, dtype: torch.dtype, seed: int) -> None:
-    """The samples are worth their name: every dtype has an empty, a strided, an offset and an ordinary one, labels are
-    unique.
-    """
+    """Every dtype has an empty, a strided, an offset and an ordinary sample; labels are unique."""
     bounds = [bind(contract, sample) for sample in contract.sample_inputs(device, dtype, seed)]
     labels = [sample.label for sample in contract.sample_inputs(device, dtype, seed)]
     assert labels, "no samples"
@@ -180,9 +178,7 @@ def check_inductor(contract: Contract, sample: Sample, seed: int) -> None:
 
 
 def check_export(contract: Contract, sample: Sample, seed: int) -> None:
-    """torch.export of a module that calls the operator; the exported program gives the same bits and keeps the operator
-    whole.
-    """
+    """torch.export of a module around the operator gives the same bits and keeps the operator whole."""
     bound = fresh(bind(contract, sample))
     names = [name for name, value in bound.items() if isinstance(value, torch.Tensor)]
 

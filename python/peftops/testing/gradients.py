@@ -1,6 +1,4 @@
-"""Checks of gradients: against the reference in float64, for every upstream layout and every subset of inputs that
-asks.
-"""
+"""Checks of gradients against the reference in float64."""
 
 from __future__ import annotations
 
@@ -60,8 +58,7 @@ def gradients(
     upstream: Upstream,
     share: bool = False,
 ) -> tuple[tuple, tuple]:
-    """Results of `function`, and the gradients of `names` when `upstream` makes the gradient of each differentiable
-    result.
+    """Results of `function`, and gradients of `names`; `upstream` makes each differentiable result's gradient.
 
     share: the leaves are views of the arguments' own memory instead of copies.
     """

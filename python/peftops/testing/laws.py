@@ -29,7 +29,7 @@ def split(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_rows_permute(function: Function, x: torch.Tensor, permutation: torch.Tensor) -> None:
-    """Permuting tokens permutes results, bit for bit; for functions in which no token's result depends on its position."""
+    """Permuting tokens permutes results, bit for bit."""
     assert same_bits(function(x[permutation]), function(x)[permutation]), "permuting rows does not permute the results"
 
 

@@ -111,9 +111,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def redraw(bound: Bound, seed: int, index: int) -> Bound:
-    """The same call with every floating element times a random factor in [0.75, 1): other roundings, similar
-    magnitudes.
-    """
+    """The same call with every floating element times a random factor in [0.75, 1): other roundings."""
 
     def jitter(name: str, t: torch.Tensor) -> torch.Tensor:
         if not t.is_floating_point():

@@ -60,8 +60,7 @@ class Oracle:
 
 
 def oracle(evaluate: Callable[[Bound], Tensors], bound: Bound, seed: int, redraws: int = REDRAWS) -> Oracle:
-    """Evaluate the reference (`evaluate` maps bound arguments to a tuple of tensors) in float64 and in the call's
-    dtypes.
+    """Evaluate the reference (bound arguments -> tuple of tensors) in float64 and in the call's dtypes.
 
     redraws: at most so many redraws where the results are small.
     """
@@ -177,8 +176,9 @@ def classes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_masks(out: torch.Tensor, witnesses: Sequence[torch.Tensor], name: str, signs: bool = True) -> torch.Tensor:
-    """NaN, +inf and -inf are where all witnesses (rounded to out's dtype) have them; elements on which they disagree
-    are not judged.
+    """NaN, +inf and -inf are where all witnesses have them, rounded to out's dtype.
+
+    Elements on which the witnesses disagree are not judged.
 
     signs: False tells only finite from not finite. Returns where all of them and `out` are finite.
     """
