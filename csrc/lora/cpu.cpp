@@ -285,16 +285,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
                 "], but has shape ", shape_of(grad));
   const int64_t rows = rows_of(grad);
   PEFTOPS_CHECK(!x || rows_of(*x) == rows, op, ": x has ", x ? rows_of(*x) : 0, " rows, but grad has ", rows);
-  PEFTOPS_CHECK(s.dim() == 2 && s.size(0) == rows && s.size(1) == rank && s.is_contiguous() && s.scalar_type() == accumulator_of(grad), op,
+  PEFTOPS_CHECK(s.dim() == 2 && s.size(0) == rows && s.size(1) == rank && s.scalar_type() == accumulator_of(grad), op,
                 ": s must be what lora_linear_forward returned, [", rows, ", ", rank, "], but has shape ", shape_of(s));
   const bool drops = dropout_p > 0.0;
-  PEFTOPS_CHECK(!drops || (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) && mask.is_contiguous() &&
+  PEFTOPS_CHECK(!drops || (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) &&
                            mask.scalar_type() == ScalarType::Byte),
                 op, ": mask must be what lora_linear_forward returned, [", rows, ", ", ceil_div(features, 8), "], but has shape ",
                 shape_of(mask));
 
-  const Tensor none = empty_on(grad, grad.scalar_type(), 0);
-  Tensor grad_x = none, grad_weight = none, grad_bias = none, grad_a = none, grad_b = none;
+  Tensor grad_x, grad_weight, grad_bias, grad_a, grad_b;
   const Rows g(grad, out_features);
   const std::optional<Rows> tokens = x ? std::optional<Rows>(std::in_place, *x, features) : std::nullopt;
   if (need_x) grad_x = call<1>("aten::mm", g.matrix(), weight)[0];
@@ -311,14 +310,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
   if (need_b) grad_b = zero ? zeros_on(lora_b, type, out_features, rank) : empty_on(lora_b, type, out_features, rank);
   if (!zero && (need_x || need_a || need_b)) {
     Call call(grad, lora_a);
-    const Mask kept = drops ? mask_of(mask) : Mask{nullptr, 0};
+    const Tensor sums = as_contiguous(s), bits = as_contiguous(mask);
+    const Mask kept = drops ? mask_of(bits) : Mask{nullptr, 0};
     const Matrix b = matrix_of(lora_b);
-    const std::optional<Tensor> grad_s = call.gradient(g, need_b ? &s : nullptr, need_b ? &grad_b : nullptr, rank, 1, rank,
+    const std::optional<Tensor> grad_s = call.gradient(g, need_b ? &sums : nullptr, need_b ? &grad_b : nullptr, rank, 1, rank,
                                                        need_x || need_a ? &b : nullptr, factor, Mask{nullptr, 0});
     if (need_a) call.gradient(*tokens, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
     if (need_x) call.expand(grad_x, features, *grad_s, matrix_of(lora_a), kept);
   }
   if (need_x) grad_x = reshaped_like(grad_x, grad, features);
+  // No two results may be the same tensor.
+  if (!need_x) grad_x = empty_on(grad, grad.scalar_type(), 0);
+  if (!need_weight) grad_weight = empty_on(grad, grad.scalar_type(), 0);
+  if (!need_bias) grad_bias = empty_on(grad, grad.scalar_type(), 0);
+  if (!need_a) grad_a = empty_on(grad, grad.scalar_type(), 0);
+  if (!need_b) grad_b = empty_on(grad, grad.scalar_type(), 0);
   return {grad_x, grad_weight, grad_bias, grad_a, grad_b};
 }
 

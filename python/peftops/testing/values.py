@@ -216,7 +216,7 @@ def check_special(contract: Contract, sample: Sample, seed: int) -> None:
     for 0-d tensors an infinite factor may give inf or NaN, and +-max leaves the sum room: it is 2^16 times smaller.
     +-max is different: a sum of huge finite numbers overflows in one order and not in another, with either sign or as
     NaN. For it only finite or not is compared, and only where there is room: the reference must say the same with the
-    value 2^8 times smaller and, in float64, 2^16 times larger (an intermediate may be that much larger than the result).
+    value 2^8 times smaller and, in float64, 2^16 times larger: an intermediate may be that much larger.
     """
     bound = bind(contract, sample)
     reference = forward_of(contract.reference, contract)
