@@ -199,6 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
   const auto& [features, out_features, rank] = problem;
   const int64_t rows = rows_of(x);
   const Tensor y = as_contiguous(call<1>("aten::linear", x, weight, bias)[0]);
+  check_dtype("lora_linear", "the base product", y, x.scalar_type(), "x has (autocast must not reach below the operator)");
   const bool drops = dropout_p > 0.0;
   if (scale == 0.0)
     return {y, zeros_on(x, accumulator_of(x), rows, rank),
@@ -297,6 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
   const Rows g(grad, out_features);
   const std::optional<Rows> tokens = x ? std::optional<Rows>(std::in_place, *x, features) : std::nullopt;
   if (need_x) grad_x = call<1>("aten::mm", g.matrix(), weight)[0];
+  if (need_x) check_dtype(op, "the base product", grad_x, grad.scalar_type(), "grad has (autocast must not reach below the operator)");
   if (need_weight) grad_weight = call<1>("aten::mm", torch::stable::transpose(g.matrix(), 0, 1), tokens->matrix())[0];
   if (need_bias) {
     const std::array<int64_t, 1> first{0};

@@ -64,7 +64,6 @@ inline void micro(const typename M::Element* x, const typename M::Element* packe
     for (int i = 0; i < I; ++i)
       for (int v = 0; v < V; ++v) sum[i][v] = M::add_product(sum[i][v], x[i * kXRow + k * kXStep], b[v]);
   }
-  // A long sum is a sum of short ones, which keeps its rounding error near that of a vendor's blocked GEMM.
   for (int i = 0; i < I; ++i)
     for (int v = 0; v < V; ++v) {
       A* to = out + i * out_stride + v * kLanes<A>;
@@ -72,7 +71,8 @@ inline void micro(const typename M::Element* x, const typename M::Element* packe
     }
 }
 
-// The same for `rows` rows, a multiple of kTile, and `width` columns, a multiple of the vector.
+// The same for `rows` rows, a multiple of kTile, and `width` columns, a multiple of the vector. A long sum is a sum of short ones,
+// which keeps its rounding error near that of a vendor's GEMM.
 template <class M, int64_t kXRow, int64_t kXStep>
 void tile(const typename M::Element* x, const typename M::Element* packed, int64_t packed_stride, int64_t steps, typename M::Acc* out,
           int64_t out_stride, int64_t rows, int64_t width, bool accumulate) {
@@ -82,7 +82,9 @@ void tile(const typename M::Element* x, const typename M::Element* packed, int64
     constexpr int V = decltype(vectors)::value, I = kTile / V;
     for (; c + V * lanes <= width; c += V * lanes)
       for (int64_t i = 0; i < rows; i += I)
-        micro<M, I, V, kXRow, kXStep>(x + i * kXRow, packed + c, packed_stride, steps, out + i * out_stride + c, out_stride, accumulate);
+        for (int64_t k = 0; k < steps; k += kShortSum)
+          micro<M, I, V, kXRow, kXStep>(x + i * kXRow + k * kXStep, packed + k * packed_stride + c, packed_stride,
+                                        min_of(kShortSum, steps - k), out + i * out_stride + c, out_stride, accumulate || k > 0);
   };
   sweep(std::integral_constant<int, 4>{});
   sweep(std::integral_constant<int, 2>{});
