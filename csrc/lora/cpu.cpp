@@ -289,10 +289,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
   PEFTOPS_CHECK(s.dim() == 2 && s.size(0) == rows && s.size(1) == rank && s.scalar_type() == accumulator_of(grad), op,
                 ": s must be what lora_linear_forward returned, [", rows, ", ", rank, "], but has shape ", shape_of(s));
   const bool drops = dropout_p > 0.0;
-  PEFTOPS_CHECK(!drops || (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) &&
-                           mask.scalar_type() == ScalarType::Byte),
-                op, ": mask must be what lora_linear_forward returned, [", rows, ", ", ceil_div(features, 8), "], but has shape ",
-                shape_of(mask));
+  PEFTOPS_CHECK(
+      !drops ||
+          (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) && mask.scalar_type() == ScalarType::Byte),
+      op, ": mask must be what lora_linear_forward returned, [", rows, ", ", ceil_div(features, 8), "], but has shape ", shape_of(mask));
 
   Tensor grad_x, grad_weight, grad_bias, grad_a, grad_b;
   const Rows g(grad, out_features);

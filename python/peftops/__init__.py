@@ -1,4 +1,4 @@
-"""peftops: fast, memory-lean building blocks for parameter-efficient fine-tuning, as PyTorch operators, modules and methods."""
+"""Fast, memory-lean building blocks for parameter-efficient fine-tuning: PyTorch operators, modules and methods."""
 
 from ._load import load_library
 

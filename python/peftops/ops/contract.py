@@ -31,16 +31,16 @@ class Contract:
     """One schema's promise.
 
     schema: qualified name, with the overload behind a dot where there is one (`peftops::lora_linear.tensor_scale`).
-    reference: same arguments as the schema, plain torch. With float64 arguments it is the oracle, in the sample's dtype it
-        is what an honest user would write, whose error sets the bound.
+    reference: same arguments as the schema, plain torch. With float64 arguments it is the oracle, in the sample's dtype
+        it is what an honest user would write, whose error sets the bound.
     sample_inputs: (device, dtype, seed) -> samples; zero, ragged and strided ones among them.
     error_inputs: (device) -> calls that must be refused.
     dtypes: activation dtypes the schema takes on the CPU.
     differentiable: names of the arguments that get gradients; empty where the schema has none.
     mutates: names of the arguments written in place.
     autocast: names of the arguments that autocast casts to its dtype; empty where autocast changes nothing.
-    rows: names of the arguments whose first dimension counts tokens, which may differ from call to call without a recompilation;
-        empty where the schema has none.
+    rows: names of the arguments whose first dimension counts tokens, which may differ from call to call without a
+        recompilation; empty where the schema has none.
     differentiable_results: positions of the results that carry a gradient, where `differentiable` is not empty.
     """
 

@@ -1,16 +1,17 @@
-r"""LoRA: y = x W^T + bias + scale * drop(x) A^T B^T (Hu et al., "LoRA", ICLR 2022, equation 3, with scale = alpha / rank).
+r"""LoRA: y = x W^T + bias + scale * drop(x) A^T B^T (Hu et al., "LoRA", ICLR 2022, equation 3; scale = alpha / rank).
 
 Shapes: x [..., K], weight W [N, K], bias [N] or None, lora_a A [r, K], lora_b B [N, r] -> y [..., N].
 
-Dtypes: x float32, bfloat16, float16 or float64; weight and bias have x's; lora_a and lora_b share one dtype, x's or, for a
-16-bit x, float32. Sums are float32 (float64 for float64). y has x's dtype.
+Dtypes: x float32, bfloat16, float16 or float64; weight and bias have x's; lora_a and lora_b share one dtype, x's or,
+for a 16-bit x, float32. Sums are float32 (float64 for float64). y has x's dtype.
 
-drop(x) keeps an element iff :func:`lora_dropout_mask` says so, times 1 / (1 - p); a dropped element contributes nothing, not even
-NaN. With M tokens and S = scale / (1 - p) * keep(x) A^T [M, r], backward keeps x itself, S in float32 and one bit per element of x:
+drop(x) keeps an element iff :func:`lora_dropout_mask` says so, times 1 / (1 - p); a dropped element contributes
+nothing, not even NaN. With M tokens and S = scale / (1 - p) * keep(x) A^T [M, r], backward keeps x itself, S in float32 and one
+bit per element of x:
 
     dS = scale / (1 - p) * dY B     dB = dY^T S     dA = dS^T keep(x)     dX = dY W + keep(dS A)
 
-scale is not differentiated. A scale of 0 means no adapter: y is the base linear's bits, and lora_a and lora_b get zeros.
+scale is not differentiated. A scale of 0 means no adapter: y has the base linear's bits, lora_a and lora_b get zeros.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def lora_linear(
 def lora_dropout_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     """The mask that `lora_linear` draws for a seed, bool [rows, cols], True = kept. Rows are flattened tokens.
 
-    Philox4x32-10 (Salmon et al., SC 2011): key = seed (int64 tensor [1]), counter = (column // 8, row low, row high, 0); element j of
-    eight takes the 16-bit half j, low half first, and is kept iff it is at least round(65536 p).
+    Philox4x32-10 (Salmon et al., SC 2011): key = seed (int64 tensor [1]), counter = (column // 8, row low, row high, 0);
+    element j of eight takes the 16-bit half j, low half first, and is kept iff it is at least round(65536 p).
 
     Raises RuntimeError naming the argument for a wrong seed, a negative size, or p outside [0, 1).
     """
@@ -140,7 +141,21 @@ def reference_forward(x, weight, bias, lora_a, lora_b, scale, tensor_scale, drop
 
 
 def reference_backward(
-    grad, x, weight, lora_a, lora_b, scale, tensor_scale, dropout_p, s, mask, need_x, need_weight, need_bias, need_a, need_b
+    grad,
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    scale,
+    tensor_scale,
+    dropout_p,
+    s,
+    mask,
+    need_x,
+    need_weight,
+    need_bias,
+    need_a,
+    need_b,
 ):
     """`lora_linear_backward` as composed in plain torch."""
     factor = _scale(scale, tensor_scale) / (1 - dropout_p)
@@ -158,7 +173,9 @@ def reference_backward(
         (g @ weight + low_rank).to(grad.dtype).reshape(*grad.shape[:-1], features) if need_x else none,
         g.t() @ tokens if need_weight else none,
         g.sum(0) if need_bias else none,
-        (grad_s.t() @ torch.where(kept, tokens, 0).to(dtype) if factor else torch.zeros_like(lora_a)) if need_a else none,
+        (grad_s.t() @ torch.where(kept, tokens, 0).to(dtype) if factor else torch.zeros_like(lora_a))
+        if need_a
+        else none,
         (g.to(dtype).t() @ s.to(dtype) if factor else torch.zeros_like(lora_b)) if need_b else none,
     )
 
@@ -185,7 +202,21 @@ def _(x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed):
 
 @torch.library.register_fake("peftops::lora_linear_backward")
 def _(
-    grad, x, weight, lora_a, lora_b, scale, tensor_scale, dropout_p, s, mask, need_x, need_weight, need_bias, need_a, need_b
+    grad,
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    scale,
+    tensor_scale,
+    dropout_p,
+    s,
+    mask,
+    need_x,
+    need_weight,
+    need_bias,
+    need_a,
+    need_b,
 ):
     none = (0,)
     return (
@@ -283,18 +314,23 @@ def _lora_linear_tensor_scale(x, weight, bias, lora_a, lora_b, scale, dropout_p=
     return _below_autograd(_ops.lora_linear.tensor_scale, args)
 
 
-# Not a composite in C++: checkpointing ends its recomputation with an exception out of save_for_backward, which would not
-# survive the C boundary. torch.library.register_autograd takes 50 microseconds more per call and has one formula per operator.
+# Not a composite in C++: checkpointing ends its recomputation with an exception out of save_for_backward, which would
+# not survive the C boundary. torch.library.register_autograd takes 50 microseconds more per call.
 _library = torch.library.Library("peftops", "IMPL")
 _library.impl("lora_linear", _lora_linear, "Autograd")
 _library.impl("lora_linear.tensor_scale", _lora_linear_tensor_scale, "Autograd")
-_library.impl("lora_linear_forward", lambda *a: _differentiate(_ops.lora_linear_forward.default, _LoRALinear, a), "Autograd")
 _library.impl(
-    "lora_linear_backward", lambda *a: _differentiate(_ops.lora_linear_backward.default, _LoRALinearBackward, a), "Autograd"
+    "lora_linear_forward", lambda *a: _differentiate(_ops.lora_linear_forward.default, _LoRALinear, a), "Autograd"
+)
+_library.impl(
+    "lora_linear_backward",
+    lambda *a: _differentiate(_ops.lora_linear_backward.default, _LoRALinearBackward, a),
+    "Autograd",
 )
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
+
 
 def _register_autocast(device: str) -> None:
     """x, weight and bias go to the autocast dtype, as for nn.Linear; the factors stay as they are."""
@@ -319,7 +355,7 @@ def _register_autocast(device: str) -> None:
         return autocast
 
     def unchanged(overload):
-        # The kernels call the vendor GEMM through the dispatcher; autocast would change the dtype of the buffer they then write.
+        # The kernels call the vendor GEMM through the dispatcher; autocast would change the dtype of its result.
         def autocast(*args):
             with torch._C._ExcludeDispatchKeyGuard(keys):
                 return overload(*args)
@@ -338,7 +374,7 @@ for _device in ("cpu", "cuda"):
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
-# (leading sizes, K, N, r): zero, one, ragged, wider than a block, a rank above both widths, small enough for the few-row kernel.
+# (leading sizes, K, N, r): zero, one, ragged, wider than a block, a rank above both widths, few rows.
 _SHAPES = (
     ((3,), 5, 7, 2),
     ((2, 9), 33, 17, 4),
@@ -355,7 +391,7 @@ _SHAPES = (
 
 
 def _parts(device, dtype, seed) -> Iterator[tuple[str, tuple, float, float, Tensor | None]]:
-    """(label, (x, weight, bias, lora_a, lora_b), scale, dropout_p, seed) over shapes, dtypes of the factors, strides and dropout."""
+    """(label, (x, weight, bias, lora_a, lora_b), scale, dropout_p, seed) over shapes, factor dtypes, strides, dropout."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def randn(*shape, dtype=dtype):
@@ -375,7 +411,13 @@ def _parts(device, dtype, seed) -> Iterator[tuple[str, tuple, float, float, Tens
         yield "float32 factors", operands((2, 19), 40, 31, 6, torch.float32, True), 2.0, 0.1, key
         yield "float32 factors, few rows", operands((5,), 70, 40, 6, torch.float32, True), 2.0, 0.0, None
     x, weight, bias, a, b = operands((20, 2), 21, 18, 3, dtype, True)
-    yield "transposed", (x.transpose(0, 1), weight.t().contiguous().t(), bias, a.t().contiguous().t(), b), -1.5, 0.3, key
+    yield (
+        "transposed",
+        (x.transpose(0, 1), weight.t().contiguous().t(), bias, a.t().contiguous().t(), b),
+        -1.5,
+        0.3,
+        key,
+    )
     x, weight, bias, a, b = operands((19,), 24, 18, 3, dtype, True)
     yield "expanded", (x[:1].expand(19, 24), weight, bias[:1].expand(18), a, b[:1].expand(18, 3)), 1.0, 0.0, None
     x, weight, bias, a, b = operands((18,), 48, 40, 8, dtype, True)
@@ -409,11 +451,21 @@ def _backward_samples(device, dtype, seed) -> Iterator[Sample]:
         grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(device, dtype)
         needs = [True] * 5 if index % 3 == 0 else [bool((index >> i) & 1) for i in range(5)]
         kept_x = x if needs[1] or needs[3] else None
-        yield Sample((grad, kept_x, weight, lora_a, lora_b, scale, tensor_scale, p, s, mask, *needs), label=sample.label)
+        yield Sample(
+            (grad, kept_x, weight, lora_a, lora_b, scale, tensor_scale, p, s, mask, *needs), label=sample.label
+        )
 
 
 def _mask_samples(device, dtype, seed) -> Iterator[Sample]:
-    for rows, cols, p in ((0, 8, 0.5), (3, 0, 0.5), (1, 1, 0.5), (5, 7, 0.0), (3, 130, 0.1), (9, 1027, 0.9), (2, 300, 1 - 1e-7)):
+    for rows, cols, p in (
+        (0, 8, 0.5),
+        (3, 0, 0.5),
+        (1, 1, 0.5),
+        (5, 7, 0.0),
+        (3, 130, 0.1),
+        (9, 1027, 0.9),
+        (2, 300, 1 - 1e-7),
+    ):
         yield Sample((torch.tensor([seed - 2**40], device=device), rows, cols, p), label=f"{rows}x{cols} p{p}")
 
 
@@ -460,8 +512,13 @@ def _tensor_scale_errors(device) -> Iterator[ErrorSample]:
         args = (a["x"], a["weight"], a["bias"], a["lora_a"], a["lora_b"], scale, a["dropout_p"], a["seed"])
         yield ErrorSample(Sample(args), f"lora_linear: {match}")
     x, weight, a, b = (torch.zeros(*s, device=device) for s in ((3, 4), (5, 4), (2, 4), (5, 2)))
-    yield ErrorSample(Sample((x, weight, None, a, b, scale.double())), "lora_linear: scale has dtype float64, but it must be float32")
-    yield ErrorSample(Sample((x, weight, None, a, b, scale.view(1))), r"lora_linear: scale must be a number or have shape \[\], but has \[1\]")
+    yield ErrorSample(
+        Sample((x, weight, None, a, b, scale.double())), "lora_linear: scale has dtype float64, but it must be float32"
+    )
+    yield ErrorSample(
+        Sample((x, weight, None, a, b, scale.view(1))),
+        r"lora_linear: scale must be a number or have shape \[\], but has \[1\]",
+    )
 
 
 def _forward_errors(device) -> Iterator[ErrorSample]:
@@ -503,7 +560,9 @@ _AUTOCAST = ("x", "weight", "bias")
 _ROWS = ("x",)
 
 register(
-    Contract("peftops::lora_linear", reference, _samples, _errors, _FLOATS, _DIFFERENTIABLE, autocast=_AUTOCAST, rows=_ROWS)
+    Contract(
+        "peftops::lora_linear", reference, _samples, _errors, _FLOATS, _DIFFERENTIABLE, autocast=_AUTOCAST, rows=_ROWS
+    )
 )
 register(
     Contract(
