@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
+
 #include "../common/call.h"
 #include "../common/index.h"
 #include "../common/philox.h"
@@ -130,7 +132,7 @@ class Call {
 
   Packed pack(const Matrix& factor) {
     const Packed packed = scratch(ceil_div(factor.contraction, kernels.step), padded(factor.lanes));
-    spread(ceil_div(factor.contraction, kernels.step), ceil_div(1 << 13, factor.lanes + 1),
+    spread(ceil_div(factor.contraction, kernels.step), ceil_div(1 << 16, factor.lanes + 1),
            [&](int64_t begin, int64_t end) { kernels.pack_factor(factor, packed, begin, end); });
     return packed;
   }
@@ -148,8 +150,11 @@ class Call {
   // Y += keep(S B), with Y contiguous and B as [rank, features].
   void expand(const Tensor& y, int64_t features, const Tensor& s, const Matrix& b, Mask mask) {
     const int64_t rows = s.size(0);
-    const Packed elements = scratch(rows, ceil_div(b.contraction, kernels.step));
-    kernels.pack_ranks(s.const_data_ptr(), rows, b.contraction, elements);
+    Packed elements{s.mutable_data_ptr(), b.contraction};
+    if (kernels.step > 1) {
+      elements = scratch(rows, ceil_div(b.contraction, kernels.step));
+      kernels.pack_ranks(s.const_data_ptr(), rows, b.contraction, elements);
+    }
     const ExpandTask task{y.mutable_data_ptr(), rows, features, features, elements.data, elements.stride, pack(b), mask};
     const int64_t tasks = ceil_div(rows, kRowBlock) * ceil_div(features, kExpandColumns);
     spread(tasks, 1, [&](int64_t begin, int64_t end) { kernels.expand(task, begin, end); });
@@ -189,6 +194,20 @@ class Call {
   Tensor like_;
   std::vector<Tensor> buffers_;
 };
+
+// x for the few-row kernel, piece by piece: whole rows are often a power of two apart and would meet in the same lines of the cache.
+Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
+  if (rows == 1) return x;
+  const int64_t piece = small_piece(rows, features), size = static_cast<int64_t>(x.element_size());
+  Tensor pieces = empty_on(x, x.scalar_type(), rows, features);
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(pieces.mutable_data_ptr());
+  for (int64_t k = 0; k < features; k += piece) {
+    const int64_t bytes = min_of(piece, features - k) * size;
+    for (int64_t i = 0; i < rows; ++i, to += bytes) std::memcpy(to, from + (i * features + k) * size, static_cast<size_t>(bytes));
+  }
+  return pieces;
+}
 
 Mask mask_of(const Tensor& mask) { return mask.dim() == 2 ? Mask{static_cast<uint8_t*>(mask.data_ptr()), mask.size(1)} : Mask{nullptr, 0}; }
 
@@ -233,7 +252,7 @@ Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optiona
   if (!small) return std::get<0>(forward(problem, x, weight, bias, lora_a, lora_b, factor, dropout_p, seed));
 
   const Kernels& kernels = level_kernels().find(storage_of(x), storage_of(lora_a));
-  const Tensor tokens = as_contiguous(x);
+  const Tensor tokens = by_piece(as_contiguous(x), rows, features);
   const Tensor a = with_unit_stride(lora_a), b = with_unit_stride(lora_b);
   Tensor s = empty_on(x, accumulator_of(x), rows, rank);
   Tensor y = empty_on(x, x.scalar_type(), rows, out_features);

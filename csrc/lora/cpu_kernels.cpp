@@ -193,6 +193,18 @@ void pack(const Matrix& from, Packed to, int64_t begin, int64_t end) {
 template <class M>
 void pack_ranks(const void* s, int64_t rows, int64_t rank, Packed to) {
   const auto* from = static_cast<const typename M::Acc*>(s);
+#ifdef __AVX512BF16__
+  if constexpr (M::step == 2) {
+    // Pairs along an even rank are the rounded numbers as they lie.
+    if (rank % 2 == 0) {
+      auto* out = static_cast<bfloat16*>(to.data);
+      int64_t i = 0;
+      for (; i + kLanes<float> <= rows * rank; i += kLanes<float>) store(out + i, load(from + i));
+      for (; i < rows * rank; ++i) put(out + i, from[i]);
+      return;
+    }
+  }
+#endif
   for (int64_t i = 0; i < rows; ++i, from += rank) {
     auto* out = static_cast<typename M::Element*>(to.data) + i * to.stride;
     for (int64_t j = 0; j < rank; j += M::step) out[j / M::step] = M::element(from + j, j + 1 < rank ? from + j + 1 : nullptr);
@@ -412,8 +424,7 @@ inline void block_products(const W* weight, int64_t weight_stride, int64_t weigh
 template <class T, class W, class F, class Y>
 void small(const SmallTask& t, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  // A piece of eight weight rows and of sixteen tokens fits the first cache together; one token needs no pieces.
-  const int64_t piece = t.rows == 1 ? t.features : kSmallPiece;
+  const int64_t piece = small_piece(t.rows, t.features);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task * kSmallBlock, weight_rows = min_of(kSmallBlock, t.out_features - n);
     const W* weight = static_cast<const W*>(t.weight) + n * t.weight_stride;
@@ -422,7 +433,8 @@ void small(const SmallTask& t, int64_t begin, int64_t end) {
       const int64_t columns = min_of(piece, t.features - k);
       if (k + piece < t.features)
         for (int64_t i = 0; i < weight_rows; ++i) prefetch(weight + i * t.weight_stride + k + piece, columns);
-      block_products<T, W>(weight + k, t.weight_stride, weight_rows, static_cast<const T*>(t.x) + k, t.features, t.rows, columns, sums);
+      block_products<T, W>(weight + k, t.weight_stride, weight_rows, static_cast<const T*>(t.x) + k * t.rows, columns, t.rows, columns,
+                           sums);
     }
     if (t.s)
       block_products<A, F>(static_cast<const F*>(t.b) + n * t.b_stride, t.b_stride, weight_rows, static_cast<const A*>(t.s), t.rank, t.rows,

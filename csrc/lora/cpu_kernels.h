@@ -70,7 +70,7 @@ struct GradientTask {
 
 // y = factor * (x W^T + S B^T) + bias for few rows. Tasks: blocks of kSmallBlock weight rows.
 struct SmallTask {
-  const void* x;  // [rows][features], contiguous
+  const void* x;  // pieces of small_piece features, [rows][piece] each
   const void* weight;
   const void* bias;
   int64_t rows, features, out_features, weight_stride;

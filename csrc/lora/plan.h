@@ -16,6 +16,10 @@ constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own ker
 constexpr int64_t kSmallBlock = 8;      // weight rows per step of that kernel
 constexpr int64_t kSmallPiece = 512;    // features per step of that kernel, for more than one row
 
+// Features per step of the few-row kernel: pieces of eight weight rows and of sixteen tokens fit the first cache together; one token
+// needs no pieces.
+inline int64_t small_piece(int64_t rows, int64_t features) { return rows == 1 ? features : kSmallPiece; }
+
 // Width of the column panels of the gradient pass: about 16 panels, so that many threads have work, but no narrower than 128,
 // because each panel writes a partial [rows, rank] sum.
 inline int64_t gradient_panel(int64_t features) {

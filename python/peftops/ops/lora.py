@@ -6,8 +6,8 @@ Dtypes: x float32, bfloat16, float16 or float64; weight and bias have x's; lora_
 for a 16-bit x, float32. Sums are float32 (float64 for float64). y has x's dtype.
 
 drop(x) keeps an element iff :func:`lora_dropout_mask` says so, times 1 / (1 - p); a dropped element contributes
-nothing, not even NaN. With M tokens and S = scale / (1 - p) * keep(x) A^T [M, r], backward keeps x itself, S in float32 and one
-bit per element of x:
+nothing, not even NaN. With M tokens and S = scale / (1 - p) * keep(x) A^T [M, r], backward keeps x itself, S in float32
+and one bit per element of x:
 
     dS = scale / (1 - p) * dY B     dB = dY^T S     dA = dS^T keep(x)     dX = dY W + keep(dS A)
 
@@ -56,8 +56,8 @@ def lora_linear(
 def lora_dropout_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     """The mask that `lora_linear` draws for a seed, bool [rows, cols], True = kept. Rows are flattened tokens.
 
-    Philox4x32-10 (Salmon et al., SC 2011): key = seed (int64 tensor [1]), counter = (column // 8, row low, row high, 0);
-    element j of eight takes the 16-bit half j, low half first, and is kept iff it is at least round(65536 p).
+    Philox4x32-10 (Salmon et al., SC 2011): key = seed (int64 tensor [1]), counter = (column // 8, row low, row high,
+    0); element j of eight takes the 16-bit half j, low half first, and is kept iff it is at least round(65536 p).
 
     Raises RuntimeError naming the argument for a wrong seed, a negative size, or p outside [0, 1).
     """
@@ -243,7 +243,16 @@ def _rows(x: Tensor) -> int:
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
-class _LoRALinear(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args):
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        # Past torch.autograd.Function.apply, which inspects the signature of `forward` in every call.
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+class _LoRALinear(_Function):
     """lora_linear_forward with its gradient."""
 
     @staticmethod
@@ -271,7 +280,7 @@ class _LoRALinear(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-class _LoRALinearBackward(torch.autograd.Function):
+class _LoRALinearBackward(_Function):
     """lora_linear_backward, whose own gradient is refused."""
 
     @staticmethod
@@ -391,7 +400,7 @@ _SHAPES = (
 
 
 def _parts(device, dtype, seed) -> Iterator[tuple[str, tuple, float, float, Tensor | None]]:
-    """(label, (x, weight, bias, lora_a, lora_b), scale, dropout_p, seed) over shapes, factor dtypes, strides, dropout."""
+    """(label, operands, scale, dropout_p, seed) over shapes, dtypes of the factors, strides and dropout."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def randn(*shape, dtype=dtype):
