@@ -197,8 +197,9 @@ class Call {
 
 // x for the few-row kernel, piece by piece: whole rows are often a power of two apart and would meet in the same lines of the cache.
 Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
-  if (rows == 1) return x;
-  const int64_t piece = small_piece(rows, features), size = static_cast<int64_t>(x.element_size());
+  const int64_t piece = small_piece(rows, features);
+  if (piece >= features) return x;
+  const int64_t size = static_cast<int64_t>(x.element_size());
   Tensor pieces = empty_on(x, x.scalar_type(), rows, features);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(pieces.mutable_data_ptr());

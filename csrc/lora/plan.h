@@ -14,11 +14,11 @@ constexpr int64_t kRankBlock = 64;      // ranks summed at a time
 constexpr int64_t kExpandColumns = 1024;  // features per up-projection task
 constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own kernel makes the base product as well
 constexpr int64_t kSmallBlock = 8;      // weight rows per step of that kernel
-constexpr int64_t kSmallPiece = 512;    // features per step of that kernel, for more than one row
+constexpr int64_t kSmallPiece = 1024;    // features per step of that kernel, for more than four rows
 
-// Features per step of the few-row kernel: pieces of eight weight rows and of sixteen tokens fit the first cache together; one token
-// needs no pieces.
-inline int64_t small_piece(int64_t rows, int64_t features) { return rows == 1 ? features : kSmallPiece; }
+// Features per step of the few-row kernel. More than four tokens go over a weight row several times, so they go piece by piece: eight
+// weight rows of a piece fit the first cache. Four or fewer go over it once.
+inline int64_t small_piece(int64_t rows, int64_t features) { return rows <= 4 ? features : kSmallPiece; }
 
 // Width of the column panels of the gradient pass: about 16 panels, so that many threads have work, but no narrower than 128,
 // because each panel writes a partial [rows, rank] sum.
