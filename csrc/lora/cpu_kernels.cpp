@@ -16,6 +16,14 @@ namespace {
 // Sixteen vector registers hold half the accumulators that thirty-two do.
 constexpr int kTile = PEFTOPS_VECTOR_BYTES == 64 ? 16 : 8;
 
+// Products summed in a register before they are added to the others. Without fused multiply-add each product is rounded as well, so
+// the short sums are shorter.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr int64_t kShortSum = 64;
+#else
+constexpr int64_t kShortSum = 16;
+#endif
+
 // Products of accumulators.
 template <class A>
 struct Wide {

@@ -9,7 +9,6 @@ namespace peftops::lora {
 
 constexpr int64_t kRowBlock = 64;       // tokens per task, and per pass of a column panel
 constexpr int64_t kColumnChunk = 256;   // features unpacked at a time: 64 KiB of float32 beside 64 rows
-constexpr int64_t kShortSum = 64;       // products summed in a register before they are added to the others
 constexpr int64_t kRankBlock = 64;      // ranks summed at a time
 constexpr int64_t kExpandColumns = 1024;  // features per up-projection task
 constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own kernel makes the base product as well
