@@ -3,7 +3,8 @@
     python bench/report.py           rewrites RESULTS.md and the READMEs' tables
     python bench/report.py --check   fails, naming the files, where they do not show what bench/results/ holds
 
-A family's table stands between the lines `<!-- bench:FAMILY:begin -->` and `<!-- bench:FAMILY:end -->`.
+A family's table stands between the lines `<!-- bench:FAMILY:begin -->` and `<!-- bench:FAMILY:end -->`, the demo's, which is
+`table.txt` and `metrics.json` of a `make demo` copied to bench/results/demo/, between those of `demo`.
 """
 
 from __future__ import annotations
@@ -255,6 +256,10 @@ def pages(root: Path) -> dict[Path, str]:
             wanted[path] = inject(
                 path.read_text(), family, family_table(results, family, path, root), str(path.relative_to(root))
             )
+    demo = root / "bench" / "results" / "demo" / "table.txt"
+    if demo.exists():
+        readme = root / "README.md"
+        wanted[readme] = inject(wanted[readme], "demo", f"```text\n{demo.read_text()}```", readme.name)
     return wanted
 
 
