@@ -3,8 +3,8 @@
     python bench/report.py           rewrites RESULTS.md and the READMEs' tables
     python bench/report.py --check   fails, naming the files, where they do not show what bench/results/ holds
 
-A family's table stands between the lines `<!-- bench:FAMILY:begin -->` and `<!-- bench:FAMILY:end -->`, the demo's, which is
-`table.txt` and `metrics.json` of a `make demo` copied to bench/results/demo/, between those of `demo`.
+A family's table stands between the lines `<!-- bench:FAMILY:begin -->` and `<!-- bench:FAMILY:end -->`. So does, with
+`demo` for the family, the table of a `make demo` whose table.txt and metrics.json were copied to bench/results/demo/.
 """
 
 from __future__ import annotations
