@@ -64,7 +64,6 @@ def plant(monkeypatch, fault: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_check_of_training_passes_what_is_right(dtype, p):
-    pytest.importorskip("peft")
     contenders, sets = lora_contenders.train_contenders(32, 64, dtype, p, compiled=False, last_cache=SMALL)
     assert [c.name for c in contenders][:3] == [BASE, "peftops", "PEFT"] and sets >= 2
     assert max(check_all(contenders)) > 0
@@ -72,7 +71,6 @@ def test_check_of_training_passes_what_is_right(dtype, p):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_check_of_decode_passes_what_is_right(dtype):
-    pytest.importorskip("peft")
     contenders, sets = lora_contenders.decode_contenders(1, 64, dtype, cached=True, compiled=False, last_cache=SMALL)
     assert sets == 1 and max(check_all(contenders)) > 0
 
@@ -101,7 +99,6 @@ def test_check_of_decode_stops_what_is_wrong(monkeypatch):
 
 
 def test_contenders_share_weights_and_factors():
-    pytest.importorskip("peft")
     weight = lora_contenders.frozen(64, 64, dtype=torch.bfloat16)
     layers = [
         k.builder(lora_contenders.shell(weight), 0.0, k.factor_dtype)
@@ -161,8 +158,6 @@ def quick(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_smoke_run_covers_every_group_and_keeps_the_memory_bound(tmp_path):
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
     done = quick("--output", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())

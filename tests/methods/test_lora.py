@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import peft
 import peftops
 import pytest
 import torch
@@ -117,7 +118,6 @@ def test_names_classes_hooks_and_what_is_trained():
 
 
 def test_attach_twice_and_on_a_peft_model_is_an_error():
-    peft = pytest.importorskip("peft")
     model = Block()
     attach(model, LoRA())
     before = snapshot(model)

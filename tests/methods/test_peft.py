@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from peftops.methods import LoRA, attach, load
@@ -9,8 +10,6 @@ from peftops.methods.lora import _DEFAULTS
 from safetensors.torch import load_file, save_file
 
 from .models import MODELS, Block, distance, logits, randomise, tokens
-
-peft = pytest.importorskip("peft")
 
 # model, PEFT's config
 ADAPTERS = {

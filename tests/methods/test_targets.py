@@ -1,5 +1,6 @@
 """Which layers are chosen: Hugging Face PEFT's rules."""
 
+import peft
 import pytest
 import torch
 from peftops.methods.targets import find_modules, find_targets
@@ -34,7 +35,6 @@ def test_parts_of_a_name_do_not_match(target_modules):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_linear_is_what_peft_takes(name):
-    peft = pytest.importorskip("peft")
     task = "CAUSAL_LM" if name in ("llama", "gpt2") else "SEQ_CLS"
     theirs = peft.get_peft_model(MODELS[name](), peft.LoraConfig(target_modules="all-linear", task_type=task))
     found = find_targets(MODELS[name](), None)
