@@ -15,7 +15,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts and host functions of peftops.";
   m.attr("version") = PEFTOPS_VERSION;
   m.attr("cpu_levels") = py::str(PEFTOPS_CPU_LEVELS).attr("split")(",");
-  m.attr("cuda_targets") = py::list();
+  m.attr("cuda_targets") = py::str(PEFTOPS_CUDA_TARGETS).attr("split")();
   m.def("cpu_level", [] { return peftops_cpu_level(); }, "Instruction-set level of the CPU kernels in use.");
   m.def(
       "best_cpu_level", [] { return peftops::kCpuLevelNames[static_cast<int>(peftops::best_cpu_level())]; },
@@ -39,5 +39,36 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout_threshold", &peftops::dropout_threshold);
   m.def("dropout_byte", &peftops::dropout_byte);
 
-  m.def("lora_gradient_panel", &peftops::lora::gradient_panel, "Width of the column panels of LoRA's gradient pass.");
+  namespace lora = peftops::lora;
+  m.def("lora_gradient_panel", &lora::gradient_panel, "Width of the column panels of LoRA's gradient pass.");
+
+  py::class_<peftops::Device>(m, "Device", "What a plan may know of a GPU.")
+      .def(py::init([](int sm, int sm_count, int64_t shared_memory) { return peftops::Device{sm, sm_count, shared_memory}; }),
+           py::arg("sm"), py::arg("sm_count"), py::arg("shared_memory"));
+  m.attr("lora_tile") = lora::kGpuTile;
+  m.attr("lora_shrink_ranks") = std::vector<int>(std::begin(lora::kShrinkRanks), std::end(lora::kShrinkRanks));
+  m.attr("lora_gradient_ranks") = std::vector<int>(std::begin(lora::kGradientRanks), std::end(lora::kGradientRanks));
+  py::class_<lora::Split>(m, "LoraSplit").def_readonly("count", &lora::Split::count).def_readonly("length", &lora::Split::length);
+  py::class_<lora::ShrinkPlan>(m, "LoraShrinkPlan")
+      .def_readonly("candidate", &lora::ShrinkPlan::candidate)
+      .def_readonly("row_blocks", &lora::ShrinkPlan::row_blocks)
+      .def_readonly("rank_blocks", &lora::ShrinkPlan::rank_blocks)
+      .def_readonly("split", &lora::ShrinkPlan::split)
+      .def_readonly("shared_memory", &lora::ShrinkPlan::shared_memory);
+  py::class_<lora::ExpandPlan>(m, "LoraExpandPlan")
+      .def_readonly("row_blocks", &lora::ExpandPlan::row_blocks)
+      .def_readonly("column_blocks", &lora::ExpandPlan::column_blocks)
+      .def_readonly("columns_per_block", &lora::ExpandPlan::columns_per_block)
+      .def_readonly("shared_memory", &lora::ExpandPlan::shared_memory);
+  py::class_<lora::GradientPlan>(m, "LoraGradientPlan")
+      .def_readonly("candidate", &lora::GradientPlan::candidate)
+      .def_readonly("feature_blocks", &lora::GradientPlan::feature_blocks)
+      .def_readonly("rank_blocks", &lora::GradientPlan::rank_blocks)
+      .def_readonly("split", &lora::GradientPlan::split)
+      .def_readonly("shared_memory", &lora::GradientPlan::shared_memory);
+  m.def("lora_refuse_shrink", &lora::refuse_shrink, "Why a device cannot run a candidate; None if it can.");
+  m.def("lora_plan_split", &lora::plan_split);
+  m.def("lora_plan_shrink", &lora::plan_shrink);
+  m.def("lora_plan_expand", &lora::plan_expand);
+  m.def("lora_plan_gradient", &lora::plan_gradient);
 }

@@ -1,10 +1,8 @@
 // LoRA on the CPU: checks, plan, buffers and registration. The arithmetic is in cpu_kernels.cpp.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 
-#include "../common/call.h"
 #include "../common/index.h"
 #include "../common/philox.h"
 #include "cpu_kernels.h"
@@ -13,8 +11,6 @@
 
 namespace peftops::lora {
 namespace {
-
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 const LevelKernels& level_kernels() {
   static const LevelKernels& kernels = [&]() -> const LevelKernels& {
@@ -36,69 +32,6 @@ Storage storage_of(const Tensor& t) {
     case ScalarType::Half: return Storage::float16;
     default: return Storage::float32;
   }
-}
-
-ScalarType accumulator_of(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
-template <class... Size>
-Tensor empty_on(const Tensor& like, ScalarType type, Size... sizes) {
-  const std::array<int64_t, sizeof...(sizes)> shape{sizes...};
-  return torch::stable::new_empty(like, Sizes(shape.data(), shape.size()), type);
-}
-
-template <class... Size>
-Tensor zeros_on(const Tensor& like, ScalarType type, Size... sizes) {
-  const std::array<int64_t, sizeof...(sizes)> shape{sizes...};
-  return torch::stable::new_zeros(like, Sizes(shape.data(), shape.size()), type);
-}
-
-int64_t rows_of(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
-  return rows;
-}
-
-// [..., columns] as a matrix with contiguous rows. Strides that allow it make it a view; else it owns a copy. Calls of views through
-// the dispatcher would cost more than a small problem's arithmetic.
-struct Rows {
-  Tensor owner;
-  int64_t rows, columns, stride;
-
-  Rows(const Tensor& t, int64_t columns_) : owner(t), rows(rows_of(t)), columns(columns_), stride(columns_) {
-    const int64_t dim = t.dim();
-    if (dim == 2 && (columns <= 1 || t.stride(1) == 1))
-      stride = t.stride(0);
-    else if (!t.is_contiguous())
-      owner = torch::stable::contiguous(t);
-  }
-
-  const void* data() const { return owner.const_data_ptr(); }
-
-  // As a 2-D tensor, for a vendor's GEMM.
-  Tensor matrix() const {
-    if (owner.dim() == 2) return owner;
-    const std::array<int64_t, 2> shape{rows, columns};
-    return torch::stable::view(owner, Sizes(shape.data(), shape.size()));
-  }
-};
-
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// A matrix whose rows are contiguous.
-Tensor with_unit_stride(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
-
-// The shape of `like` with another last dimension.
-Tensor reshaped_like(const Tensor& t, const Tensor& like, int64_t columns) {
-  if (like.dim() == 2) return t;
-  std::vector<int64_t> shape(static_cast<size_t>(like.dim()));
-  for (int64_t d = 0; d + 1 < like.dim(); ++d) shape[static_cast<size_t>(d)] = like.size(d);
-  shape.back() = columns;
-  return torch::stable::view(t, Sizes(shape.data(), shape.size()));
-}
-
-int64_t x_features(const char* op, const Tensor& x) {
-  PEFTOPS_CHECK(x.dim() >= 1, op, ": x must be [..., features], but has no dimension");
-  return x.size(x.dim() - 1);
 }
 
 double value_of(double scale, const std::optional<Tensor>& tensor_scale) {
@@ -218,8 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
                                            const std::optional<Tensor>& seed) {
   const auto& [features, out_features, rank] = problem;
   const int64_t rows = rows_of(x);
-  const Tensor y = as_contiguous(call<1>("aten::linear", x, weight, bias)[0]);
-  check_dtype("lora_linear", "the base product", y, x.scalar_type(), "x has (autocast must not reach below the operator)");
+  const Tensor y = base_product(x, weight, bias);
   const bool drops = dropout_p > 0.0;
   if (scale == 0.0)
     return {y, zeros_on(x, accumulator_of(x), rows, rank),
@@ -236,16 +168,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> lora_linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b,
                                                        double scale, std::optional<Tensor> tensor_scale, double dropout_p,
                                                        std::optional<Tensor> seed) {
-  const char* op = "lora_linear";  // the name that callers know
-  const Problem problem = check_problem(op, x, x_features(op, x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+  const Problem problem = check_forward(x, weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
   return forward(problem, x, weight, bias, lora_a, lora_b, value_of(scale, tensor_scale), dropout_p, seed);
 }
 
 // The result alone; few rows get the kernel that reads the weight once.
 Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
                        double scale, const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed) {
-  const char* op = "lora_linear";
-  const Problem problem = check_problem(op, x, x_features(op, x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+  const Problem problem = check_forward(x, weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
   const auto& [features, out_features, rank] = problem;
   const double factor = value_of(scale, tensor_scale);
   const int64_t rows = rows_of(x);
@@ -294,36 +224,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
                                                                         Tensor lora_b, double scale, std::optional<Tensor> tensor_scale,
                                                                         double dropout_p, Tensor s, Tensor mask, bool need_x,
                                                                         bool need_weight, bool need_bias, bool need_a, bool need_b) {
-  const char* op = "lora_linear_backward";
-  PEFTOPS_CHECK(x.has_value() || !(need_weight || need_a), op, ": x is needed for the gradients of weight and lora_a");
-  check_dim(op, "weight", weight, 2, "[out_features, features]");
-  const Problem problem = check_problem(op, x ? *x : grad, x ? x_features(op, *x) : weight.size(1), weight, std::nullopt, lora_a, lora_b,
-                                        tensor_scale, 0.0, std::nullopt);
-  const auto& [features, out_features, rank] = problem;
-  check_dropout(op, dropout_p, "dropout_p");
-  check_dtype(op, "grad", grad, weight.scalar_type(), "weight has");
-  PEFTOPS_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, op, ": grad must be [..., ", out_features,
-                "], but has shape ", shape_of(grad));
-  const int64_t rows = rows_of(grad);
-  PEFTOPS_CHECK(!x || rows_of(*x) == rows, op, ": x has ", x ? rows_of(*x) : 0, " rows, but grad has ", rows);
-  PEFTOPS_CHECK(s.dim() == 2 && s.size(0) == rows && s.size(1) == rank && s.scalar_type() == accumulator_of(grad), op,
-                ": s must be what lora_linear_forward returned, [", rows, ", ", rank, "], but has shape ", shape_of(s));
-  const bool drops = dropout_p > 0.0;
-  PEFTOPS_CHECK(
-      !drops ||
-          (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) && mask.scalar_type() == ScalarType::Byte),
-      op, ": mask must be what lora_linear_forward returned, [", rows, ", ", ceil_div(features, 8), "], but has shape ", shape_of(mask));
-
-  Tensor grad_x, grad_weight, grad_bias, grad_a, grad_b;
+  const auto& [features, out_features, rank] =
+      check_backward(grad, x, weight, lora_a, lora_b, tensor_scale, dropout_p, s, mask, need_weight || need_a);
   const Rows g(grad, out_features);
   const std::optional<Rows> tokens = x ? std::optional<Rows>(std::in_place, *x, features) : std::nullopt;
-  if (need_x) grad_x = call<1>("aten::mm", g.matrix(), weight)[0];
-  if (need_x) check_dtype(op, "the base product", grad_x, grad.scalar_type(), "grad has (autocast must not reach below the operator)");
-  if (need_weight) grad_weight = call<1>("aten::mm", torch::stable::transpose(g.matrix(), 0, 1), tokens->matrix())[0];
-  if (need_bias) {
-    const std::array<int64_t, 1> first{0};
-    grad_bias = torch::stable::sum(g.matrix(), Sizes(first.data(), 1));
-  }
+  auto [grad_x, grad_weight, grad_bias] = base_gradients(g, weight, tokens, need_x, need_weight, need_bias);
+  Tensor grad_a, grad_b;
+  const int64_t rows = g.rows;
+  const bool drops = dropout_p > 0.0;
 
   const double factor = value_of(scale, tensor_scale) / (1.0 - dropout_p);
   const ScalarType type = lora_a.scalar_type();
@@ -340,22 +248,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
     if (need_a) call.gradient(*tokens, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
     if (need_x) call.expand(grad_x, features, *grad_s, matrix_of(lora_a), kept);
   }
-  if (need_x) grad_x = reshaped_like(grad_x, grad, features);
-  // No two results may be the same tensor.
-  if (!need_x) grad_x = empty_on(grad, grad.scalar_type(), 0);
-  if (!need_weight) grad_weight = empty_on(grad, grad.scalar_type(), 0);
-  if (!need_bias) grad_bias = empty_on(grad, grad.scalar_type(), 0);
-  if (!need_a) grad_a = empty_on(grad, grad.scalar_type(), 0);
-  if (!need_b) grad_b = empty_on(grad, grad.scalar_type(), 0);
-  return {grad_x, grad_weight, grad_bias, grad_a, grad_b};
+  return backward_results(grad, features, {grad_x, grad_weight, grad_bias, grad_a, grad_b});
 }
 
 Tensor lora_dropout_mask(Tensor seed, int64_t rows, int64_t cols, double p) {
-  const char* op = "lora_dropout_mask";
-  check_seed(op, seed);
-  PEFTOPS_CHECK(rows >= 0, op, ": rows is ", rows, ", but must not be negative");
-  PEFTOPS_CHECK(cols >= 0, op, ": cols is ", cols, ", but must not be negative");
-  check_dropout(op, p, "p");
+  check_dropout_mask(seed, rows, cols, p);
   Tensor mask = empty_on(seed, ScalarType::Bool, rows, cols);
   const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
   const uint32_t threshold = dropout_threshold(p);

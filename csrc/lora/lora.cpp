@@ -2,7 +2,11 @@
 
 #include <utility>
 
+#include "../common/call.h"
+#include "../common/index.h"
+
 namespace peftops::lora {
+namespace {
 
 void check_dropout(const char* op, double p, const char* name) {
   PEFTOPS_CHECK(p >= 0.0 && p < 1.0, op, ": ", name, " is ", p, ", but must be in [0, 1)");
@@ -13,6 +17,12 @@ void check_seed(const char* op, const Tensor& seed) {
   PEFTOPS_CHECK(seed.dim() == 1 && seed.size(0) == 1, op, ": seed must have shape [1], but has ", shape_of(seed));
 }
 
+int64_t x_features(const char* op, const Tensor& x) {
+  PEFTOPS_CHECK(x.dim() >= 1, op, ": x must be [..., features], but has no dimension");
+  return x.size(x.dim() - 1);
+}
+
+// x_features is x's last size; it is given apart, because backward has no x where no gradient needs it.
 Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const Tensor& weight, const std::optional<Tensor>& bias,
                       const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& tensor_scale, double dropout_p,
                       const std::optional<Tensor>& seed) {
@@ -55,6 +65,81 @@ Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const
     check_same_device(op, "seed", *seed, x);
   }
   return problem;
+}
+
+constexpr const char* kAutocastReason = " (autocast must not reach below the operator)";
+
+}  // namespace
+
+Problem check_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
+                      const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed) {
+  const char* op = "lora_linear";
+  return check_problem(op, x, x_features(op, x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+}
+
+Problem check_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                       const std::optional<Tensor>& tensor_scale, double dropout_p, const Tensor& s, const Tensor& mask, bool needs_x) {
+  const char* op = "lora_linear_backward";
+  PEFTOPS_CHECK(x.has_value() || !needs_x, op, ": x is needed for the gradients of weight and lora_a");
+  check_dim(op, "weight", weight, 2, "[out_features, features]");
+  const Problem problem = check_problem(op, x ? *x : grad, x ? x_features(op, *x) : weight.size(1), weight, std::nullopt, lora_a, lora_b,
+                                        tensor_scale, 0.0, std::nullopt);
+  const auto& [features, out_features, rank] = problem;
+  check_dropout(op, dropout_p, "dropout_p");
+  check_dtype(op, "grad", grad, weight.scalar_type(), "weight has");
+  PEFTOPS_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, op, ": grad must be [..., ", out_features,
+                "], but has shape ", shape_of(grad));
+  const int64_t rows = rows_of(grad);
+  PEFTOPS_CHECK(!x || rows_of(*x) == rows, op, ": x has ", x ? rows_of(*x) : 0, " rows, but grad has ", rows);
+  PEFTOPS_CHECK(s.dim() == 2 && s.size(0) == rows && s.size(1) == rank && s.scalar_type() == accumulator_of(grad), op,
+                ": s must be what lora_linear_forward returned, [", rows, ", ", rank, "], but has shape ", shape_of(s));
+  PEFTOPS_CHECK(
+      dropout_p == 0.0 ||
+          (mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == ceil_div(features, 8) && mask.scalar_type() == ScalarType::Byte),
+      op, ": mask must be what lora_linear_forward returned, [", rows, ", ", ceil_div(features, 8), "], but has shape ", shape_of(mask));
+  for (const auto& [name, tensor] : {std::pair{"grad", &grad}, std::pair{"s", &s}, std::pair{"mask", &mask}})
+    check_same_device(op, name, *tensor, weight);
+  return problem;
+}
+
+void check_dropout_mask(const Tensor& seed, int64_t rows, int64_t cols, double p) {
+  const char* op = "lora_dropout_mask";
+  check_seed(op, seed);
+  PEFTOPS_CHECK(rows >= 0, op, ": rows is ", rows, ", but must not be negative");
+  PEFTOPS_CHECK(cols >= 0, op, ": cols is ", cols, ", but must not be negative");
+  check_dropout(op, p, "p");
+}
+
+Tensor base_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor y = as_contiguous(call<1>("aten::linear", x, weight, bias)[0]);
+  PEFTOPS_CHECK(y.scalar_type() == x.scalar_type(), "lora_linear: the base product has dtype ", name_of(y.scalar_type()), ", but x has ",
+                name_of(x.scalar_type()), kAutocastReason);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> base_gradients(const Rows& grad, const Tensor& weight, const std::optional<Rows>& x, bool need_x,
+                                                  bool need_weight, bool need_bias) {
+  Tensor grad_x, grad_weight, grad_bias;
+  if (need_x) {
+    grad_x = call<1>("aten::mm", grad.matrix(), weight)[0];
+    PEFTOPS_CHECK(grad_x.scalar_type() == weight.scalar_type(), "lora_linear_backward: the base product has dtype ",
+                  name_of(grad_x.scalar_type()), ", but grad has ", name_of(weight.scalar_type()), kAutocastReason);
+  }
+  if (need_weight) grad_weight = call<1>("aten::mm", torch::stable::transpose(grad.matrix(), 0, 1), x->matrix())[0];
+  if (need_bias) {
+    const std::array<int64_t, 1> first{0};
+    grad_bias = torch::stable::sum(grad.matrix(), Sizes(first.data(), 1));
+  }
+  return {grad_x, grad_weight, grad_bias};
+}
+
+Gradients backward_results(const Tensor& grad, int64_t features, Gradients found) {
+  auto& [grad_x, grad_weight, grad_bias, grad_a, grad_b] = found;
+  if (grad_x.defined()) grad_x = reshaped_like(grad_x, grad, features);
+  // No two results may be the same tensor.
+  for (Tensor* result : {&grad_x, &grad_weight, &grad_bias, &grad_a, &grad_b})
+    if (!result->defined()) *result = empty_on(grad, grad.scalar_type(), 0);
+  return found;
 }
 
 }  // namespace peftops::lora

@@ -3,9 +3,12 @@
 
 #include <cstdint>
 
+#include "../common/device.h"
 #include "../common/index.h"
 
 namespace peftops::lora {
+
+// ---- CPU -------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kRowBlock = 64;       // tokens per task, and per pass of a column panel
 constexpr int64_t kColumnChunk = 256;   // features unpacked at a time: 64 KiB of float32 beside 64 rows
@@ -24,6 +27,108 @@ inline int64_t small_piece(int64_t rows, int64_t features) { return rows <= 4 ? 
 inline int64_t gradient_panel(int64_t features) {
   const int64_t width = round_up(ceil_div(features, 16), 64);
   return width < 128 ? 128 : min_of(width, kColumnChunk);
+}
+
+// ---- CUDA ------------------------------------------------------------------------------------------------------------
+// What may be run is apart from what is best: `refuse_*` gives the reason why a device cannot run a candidate, or null; `plan_*` takes
+// the best of the rest. element_bytes is of what is multiplied: 2 on tensor cores, 4 in float32.
+
+constexpr int kThreads = 128;
+constexpr int kFinishThreads = 256;
+constexpr int kGpuTile = 64;                   // tokens, columns and contraction of a tile
+constexpr int kShrinkRanks[] = {16, 64, 128};  // ranks of a tile: candidates
+constexpr int kGradientRanks[] = {16, 64};
+constexpr int kDeltaStride = kGpuTile + 8;  // float32 between rows of the up-projection: two lanes of a half warp share no bank
+constexpr int64_t kBlocksPerSm = 4;             // enough loads in flight to fill the memory's latency
+constexpr int64_t kMaxSplits = 16;              // of a contraction; each split writes its own float32 sums
+constexpr int64_t kMaxColumnsPerBlock = 1024;   // of the up-projection, which loads its ranks once per block
+constexpr int64_t kMaxGridY = 65535;
+
+constexpr int64_t at_least(int64_t value, int64_t least) { return value < least ? least : value; }
+
+// Parts of a contraction: as many as fill the device where `blocks` blocks work on each, none empty, whole tiles long.
+struct Split {
+  int64_t count, length;
+};
+
+inline Split plan_split(int64_t length, int64_t blocks, const Device& device) {
+  const int64_t tiles = at_least(ceil_div(length, kGpuTile), 1);
+  const int64_t wanted = min_of(min_of(kMaxSplits, tiles), at_least(kBlocksPerSm * device.sm_count / at_least(blocks, 1), 1));
+  const int64_t each = ceil_div(tiles, wanted);
+  return {ceil_div(tiles, each), each * kGpuTile};
+}
+
+// S = c keep(X) F^T. X is read once per block of ranks, so the fewest blocks win, then the narrowest tile.
+struct ShrinkPlan {
+  int candidate;  // of kShrinkRanks
+  int64_t row_blocks, rank_blocks;
+  Split split;
+  int64_t shared_memory;
+};
+
+// A factor's tile holds 64 numbers a line, `down` as well, where a line has one number for each rank.
+PEFTOPS_HOST_DEVICE constexpr int factor_tile_elements(int ranks, bool down) {
+  return kGpuTile * (down && ranks < kGpuTile ? kGpuTile : ranks);
+}
+
+inline int64_t shrink_memory(int ranks, bool down, int element_bytes) {
+  return 2 * int64_t{kGpuTile * kGpuTile + factor_tile_elements(ranks, down)} * element_bytes;
+}
+
+inline const char* refuse_shrink(int ranks, bool down, int element_bytes, const Device& device) {
+  if (device.sm < 80) return "mma.sync of bfloat16 needs compute capability 8.0";
+  if (ranks > 64 && element_bytes > 2) return "the sums and the tiles on their way of 128 float32 ranks do not fit the registers";
+  if (shrink_memory(ranks, down, element_bytes) > device.shared_memory) return "the tiles do not fit the shared memory";
+  return nullptr;
+}
+
+inline ShrinkPlan plan_shrink(int64_t rows, int64_t depth, int64_t rank, bool down, int element_bytes, const Device& device) {
+  ShrinkPlan plan{};
+  int64_t fewest = 0;
+  for (int candidate = 0; candidate < 3; ++candidate) {
+    const int ranks = kShrinkRanks[candidate];
+    const int64_t blocks = at_least(ceil_div(rank, ranks), 1);
+    if (refuse_shrink(ranks, down, element_bytes, device) || (fewest && blocks >= fewest)) continue;
+    fewest = blocks;
+    plan.candidate = candidate, plan.rank_blocks = blocks, plan.shared_memory = shrink_memory(ranks, down, element_bytes);
+  }
+  plan.row_blocks = ceil_div(rows, kGpuTile);
+  plan.split = plan_split(depth, plan.row_blocks * plan.rank_blocks, device);
+  return plan;
+}
+
+// Y += keep(S F^T). Long runs of columns load S less often; short ones fill the device.
+struct ExpandPlan {
+  int64_t row_blocks, column_blocks, columns_per_block;
+  int64_t shared_memory;
+};
+
+inline ExpandPlan plan_expand(int64_t rows, int64_t columns, int element_bytes, const Device& device) {
+  const int64_t row_blocks = ceil_div(rows, kGpuTile);
+  const int64_t wanted = at_least(ceil_div(kBlocksPerSm * device.sm_count, at_least(row_blocks, 1)), 1);
+  const int64_t filling = min_of(round_up(ceil_div(columns, wanted), kGpuTile), kMaxColumnsPerBlock);
+  const int64_t each = at_least(at_least(filling, round_up(ceil_div(columns, kMaxGridY), kGpuTile)), kGpuTile);
+  return {row_blocks, ceil_div(columns, each), each,
+          2 * int64_t{kGpuTile} * kGpuTile * element_bytes + int64_t{kGpuTile} * kDeltaStride * 4};
+}
+
+// gradient = keep(G)^T S. G is read once per block of ranks; with 128 features a block (64 in float32), S is read less often.
+struct GradientPlan {
+  int candidate;  // of kGradientRanks
+  int64_t feature_blocks, rank_blocks;
+  Split split;
+  int64_t shared_memory;
+};
+
+inline GradientPlan plan_gradient(int64_t rows, int64_t features, int64_t rank, int element_bytes, const Device& device) {
+  GradientPlan plan{};
+  plan.candidate = rank > kGradientRanks[0];
+  const int ranks = kGradientRanks[plan.candidate], block = element_bytes == 2 ? 2 * kGpuTile : kGpuTile;
+  plan.feature_blocks = ceil_div(features, block);
+  plan.rank_blocks = ceil_div(rank, ranks);
+  plan.split = plan_split(rows, plan.feature_blocks * plan.rank_blocks, device);
+  plan.shared_memory = 2 * int64_t{kGpuTile * block + factor_tile_elements(ranks, true)} * element_bytes;
+  return plan;
 }
 
 }  // namespace peftops::lora

@@ -1,0 +1,560 @@
+// LoRA on CUDA from compute capability 8.0 on: mma.sync for 16-bit types, plain float32 (never TF32) for float32 factors.
+//
+// Every kernel moves chunks of eight columns from global memory into registers, one tile ahead of the products, drops what the mask drops,
+// and puts them into swizzled tiles in shared memory; each warp multiplies its 16 rows of one tile by the columns of the other. Sums are
+// float32 and their order depends on shapes and the plan alone; there are no atomics.
+#pragma once
+
+#include "../common/index.h"
+#include "../common/layout.h"
+#include "../common/philox.h"
+#include "../common/ptx.cuh"
+#include "cuda_kernels.h"
+
+namespace peftops::lora {
+namespace sm80 {
+
+constexpr int kTile = kGpuTile;  // rows and columns of a tile
+static_assert(kTile == kTileColumns);
+constexpr int kPanel = kTile * kTile;
+constexpr int kChunksPerRow = kTile / 8;
+constexpr int kTileChunks = kTile * kChunksPerRow / kThreads;  // chunks per thread
+
+PEFTOPS_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+PEFTOPS_DEVICE int lane() { return static_cast<int>(threadIdx.x) % 32; }
+PEFTOPS_DEVICE int warp() { return static_cast<int>(threadIdx.x) / 32; }
+
+// ---- chunks ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Chunk {
+  uint32_t pair[4];
+};
+template <>
+struct Chunk<float> {
+  float value[8];
+};
+
+template <class T>
+PEFTOPS_DEVICE Chunk<T> load_chunk(const T* from) {
+  Chunk<T> chunk;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof chunk / 16); ++i)
+    reinterpret_cast<uint4*>(&chunk)[i] = reinterpret_cast<const uint4*>(from)[i];
+  return chunk;
+}
+
+template <class T>
+PEFTOPS_DEVICE void store_chunk(T* to, const Chunk<T>& chunk) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof chunk / 16); ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(&chunk)[i];
+}
+
+// The first `columns` elements alone, one by one; zero beyond.
+template <class T>
+PEFTOPS_DEVICE Chunk<T> load_chunk(const T* from, int64_t columns) {
+  Chunk<T> chunk{};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (j >= columns) break;
+    if constexpr (sizeof(T) == 4)
+      chunk.value[j] = from[j];
+    else
+      chunk.pair[j / 2] |= static_cast<uint32_t>(from[j].bits) << (16 * (j % 2));
+  }
+  return chunk;
+}
+
+template <class T>
+PEFTOPS_DEVICE void store_chunk(T* to, const Chunk<T>& chunk, int64_t columns) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (j >= columns) break;
+    if constexpr (sizeof(T) == 4)
+      to[j] = chunk.value[j];
+    else
+      to[j].bits = static_cast<uint16_t>(chunk.pair[j / 2] >> (16 * (j % 2)));
+  }
+}
+
+template <class T>
+PEFTOPS_DEVICE float value_of(const Chunk<T>& chunk, int j) {
+  if constexpr (sizeof(T) == 4)
+    return chunk.value[j];
+  else
+    return unpack(T{static_cast<uint16_t>(chunk.pair[j / 2] >> (16 * (j % 2)))});
+}
+
+template <class T>
+PEFTOPS_DEVICE Chunk<T> chunk_of(const float (&values)[8]) {
+  Chunk<T> chunk;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    if constexpr (sizeof(T) == 4)
+      chunk.value[j] = values[j], chunk.value[j + 1] = values[j + 1];
+    else
+      chunk.pair[j / 2] = pack(T{}, values[j], values[j + 1]);
+  }
+  return chunk;
+}
+
+// Zero where the bit is zero: a dropped NaN is gone.
+template <class T>
+PEFTOPS_DEVICE void keep(Chunk<T>& chunk, uint32_t bits) {
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    if constexpr (sizeof(T) == 4) {
+      chunk.value[j] = (bits >> j) & 1 ? chunk.value[j] : 0.0f;
+      chunk.value[j + 1] = (bits >> (j + 1)) & 1 ? chunk.value[j + 1] : 0.0f;
+    } else {
+      chunk.pair[j / 2] &= ((bits >> j) & 1 ? 0x0000ffffu : 0u) | ((bits >> (j + 1)) & 1 ? 0xffff0000u : 0u);
+    }
+  }
+}
+
+// ---- tiles and products ----------------------------------------------------------------------------------------------
+
+// What is multiplied for x in X and factors in F.
+template <class X, class F>
+struct ElementOf {
+  using type = float;
+};
+template <>
+struct ElementOf<bfloat16, bfloat16> {
+  using type = bfloat16;
+};
+template <>
+struct ElementOf<float16, float16> {
+  using type = float16;
+};
+
+// Row 8 * block + row of a tile. Tiles wider than 64 columns are panels of 64 by 64, one after another. The block is apart, because a
+// constant one then costs no register.
+template <class E>
+PEFTOPS_DEVICE E* at(E* tile, int block, int row, int column) {
+  return tile + column / kTile * kPanel + block * 8 * kTile + TileLayout<sizeof(E)>{}(row, column % kTile);
+}
+
+template <class E, class T>
+PEFTOPS_DEVICE void put(E* tile, int block, int row, int column, const Chunk<T>& chunk) {
+  if constexpr (sizeof(E) == sizeof(T) && sizeof(E) == 2) {
+    *reinterpret_cast<uint4*>(at(tile, block, row, column)) = *reinterpret_cast<const uint4*>(&chunk);
+  } else if constexpr (sizeof(E) == 2) {
+    *reinterpret_cast<uint4*>(at(tile, block, row, column)) = *reinterpret_cast<const uint4*>(&chunk.value);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; j += 4)
+      *reinterpret_cast<float4*>(at(tile, block, row, column + j)) =
+          make_float4(value_of(chunk, j), value_of(chunk, j + 1), value_of(chunk, j + 2), value_of(chunk, j + 3));
+  }
+}
+
+// How the block's threads share a tile with `kRowChunks` chunks a row: each thread has one column and every kStep-th row.
+template <int kRowChunks>
+struct Share {
+  static constexpr int kStep = kThreads / kRowChunks;
+  static constexpr int kCount = kTile / kStep;  // chunks of a thread, where the tile has 64 rows
+
+  PEFTOPS_MEMBER static int line() { return thread() / kRowChunks; }
+  PEFTOPS_MEMBER static int column() { return thread() % kRowChunks * 8; }
+};
+
+// This thread's chunks of a tile of which `rows` rows exist, the first at `from`, in this thread's column. One running pointer, and 32-bit
+// comparisons: addresses that the compiler keeps per chunk would spill.
+template <int kRowChunks, int kCount, class T>
+PEFTOPS_DEVICE void fetch(Chunk<T> (&chunks)[kCount], const T* from, int64_t stride, int rows) {
+  using Mine = Share<kRowChunks>;
+  const T* line = from + Mine::line() * stride;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i, line += Mine::kStep * stride)
+    chunks[i] = i * Mine::kStep + Mine::line() < rows ? load_chunk(line) : Chunk<T>{};
+}
+
+// The same for keep-bits.
+template <int kRowChunks, int kCount>
+PEFTOPS_DEVICE void fetch(uint32_t (&bits)[kCount], const MaskBits& mask, int64_t row, int64_t column, int rows) {
+  using Mine = Share<kRowChunks>;
+  const uint8_t* line = mask.data + offset_of(row + Mine::line(), mask.stride, column / 8);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i, line += Mine::kStep * mask.stride) bits[i] = i * Mine::kStep + Mine::line() < rows ? *line : 0;
+}
+
+// This thread's i-th chunk into the tile.
+template <int kRowChunks, class E, class T>
+PEFTOPS_DEVICE void put(E* tile, int i, const Chunk<T>& chunk) {
+  using Mine = Share<kRowChunks>;
+  put(tile, i * Mine::kStep / 8 + Mine::line() / 8, Mine::line() % 8, Mine::column(), chunk);
+}
+
+// How many of `size` rows from `first` on exist; none where the column does not.
+PEFTOPS_DEVICE int rows_within(int64_t first, int64_t end, int size, bool column) {
+  return column ? static_cast<int>(min_of(end - first, size)) : 0;
+}
+
+// One warp's sums over 16 rows and 8 * kTiles columns: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, of each
+// eight.
+template <int kTiles>
+struct Sums {
+  float value[kTiles][4];
+};
+
+PEFTOPS_DEVICE void mma(bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bfloat16(d, a, b); }
+PEFTOPS_DEVICE void mma(float16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_float16(d, a, b); }
+
+// Elements k .. k + 3 of the contraction, of row or column i of the product.
+template <bool kDown>
+PEFTOPS_DEVICE float4 four(const float* tile, int i, int k) {
+  if constexpr (!kDown)
+    return *reinterpret_cast<const float4*>(at(tile, i / 8, i % 8, k));
+  else
+    return make_float4(*at(tile, k / 8, k % 8, i), *at(tile, k / 8, k % 8 + 1, i), *at(tile, k / 8, k % 8 + 2, i),
+                       *at(tile, k / 8, k % 8 + 3, i));
+}
+
+// sums += A B^T over 16 * steps of the contraction, with A from row `first` on. The contraction runs along the rows of a tile, or `down`
+// its columns.
+template <bool kADown, bool kBDown, class E, int kTiles>
+PEFTOPS_DEVICE void multiply(Sums<kTiles>& sums, const E* a, int first, const E* b, int steps) {
+#pragma unroll 1  // unrolled, the addresses of all steps would live in registers
+  for (int step = 0; step < steps; ++step) {
+    if constexpr (sizeof(E) == 2) {
+      const int k = 16 * step;
+      uint32_t rows[4];
+      if constexpr (kADown)
+        ldmatrix_x4_trans(rows, at(a, k / 8 + lane() / 16, lane() % 8, first + lane() / 8 % 2 * 8));
+      else
+        ldmatrix_x4(rows, at(a, first / 8 + lane() / 8 % 2, lane() % 8, k + lane() / 16 * 8));
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile += 2) {
+        uint32_t columns[4];
+        if constexpr (kBDown)
+          ldmatrix_x4_trans(columns, at(b, k / 8 + lane() / 8 % 2, lane() % 8, 8 * tile + lane() / 16 * 8));
+        else
+          ldmatrix_x4(columns, at(b, tile + lane() / 16, lane() % 8, k + lane() / 8 % 2 * 8));
+        mma(E{}, sums.value[tile], rows, {columns[0], columns[1]});
+        mma(E{}, sums.value[tile + 1], rows, {columns[2], columns[3]});
+      }
+    } else {
+#pragma unroll 1
+      for (int k = 16 * step; k < 16 * step + 16; k += 4) {
+        const float4 low = four<kADown>(a, first + lane() / 4, k), high = four<kADown>(a, first + lane() / 4 + 8, k);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float4 column = four<kBDown>(b, 8 * tile + 2 * (lane() % 4) + j, k);
+            float& above = sums.value[tile][j];
+            float& below = sums.value[tile][j + 2];
+            above = fmaf(low.w, column.w, fmaf(low.z, column.z, fmaf(low.y, column.y, fmaf(low.x, column.x, above))));
+            below = fmaf(high.w, column.w, fmaf(high.z, column.z, fmaf(high.y, column.y, fmaf(high.x, column.x, below))));
+          }
+      }
+    }
+  }
+}
+
+// Calls visit(row, column, sum, sum of the next column) for what this lane holds.
+template <int kTiles, class Visit>
+PEFTOPS_DEVICE void for_each_pair(const Sums<kTiles>& sums, const Visit& visit) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      visit(lane() / 4 + 8 * half, 8 * tile + 2 * (lane() % 4), sums.value[tile][2 * half], sums.value[tile][2 * half + 1]);
+}
+
+// Calls visit(row, column, sum).
+template <int kTiles, class Visit>
+PEFTOPS_DEVICE void for_each(const Sums<kTiles>& sums, const Visit& visit) {
+  for_each_pair(sums, [&](int row, int column, float first, float second) {
+    visit(row, column, first);
+    visit(row, column + 1, second);
+  });
+}
+
+PEFTOPS_DEVICE float value_of(const Scale& scale) { return scale.device ? scale.host * *scale.device : scale.host; }
+
+// ---- shrink ----------------------------------------------------------------------------------------------------------
+
+// Blocks per multiprocessor that the registers are to allow.
+template <class E>
+constexpr int blocks_of(int ranks) {
+  return sizeof(E) == 2 ? (ranks == 16 ? 5 : ranks == 64 ? 4 : 2) : (ranks == 16 ? 4 : 2);
+}
+
+template <class X, class F, bool kDown, bool kDraw, int kRanks>
+__global__ void __launch_bounds__(kThreads, blocks_of<typename ElementOf<X, F>::type>(kRanks))
+    shrink(const __grid_constant__ ShrinkTask task) {
+  using E = typename ElementOf<X, F>::type;
+  using XShare = Share<kChunksPerRow>;
+  constexpr int kFactorRow = kDown ? kRanks / 8 : kChunksPerRow;  // chunks in a row of the factor's tile
+  using FactorShare = Share<kFactorRow>;
+  E* const x_tiles = reinterpret_cast<E*>(shared_memory);
+  E* const factor_tiles = x_tiles + 2 * kPanel;
+  const int64_t first_row = int64_t{blockIdx.x} * kTile, first_rank = int64_t{blockIdx.z} * kRanks;
+  const int64_t begin = int64_t{blockIdx.y} * task.depth_per_split, end = min_of(begin + task.depth_per_split, task.depth);
+  const float scale = value_of(task.scale);
+  const bool off = scale == 0.0f;
+  const uint64_t seed = kDraw ? static_cast<uint64_t>(*task.seed) : 0;
+
+  Chunk<X> x[kTileChunks];
+  Chunk<F> factor[kRanks * kChunksPerRow / kThreads];
+  uint32_t kept[kTileChunks];
+  const auto load = [&](int64_t depth) {
+    const int64_t column = depth + XShare::column();
+    const int rows = rows_within(first_row, task.rows, kTile, column < task.depth);
+    fetch<kChunksPerRow>(x, static_cast<const X*>(task.x) + offset_of(first_row, task.x_stride, column), task.x_stride, rows);
+    const int64_t row = kDown ? depth : first_rank, factor_column = (kDown ? first_rank : depth) + FactorShare::column();
+    fetch<kFactorRow>(
+        factor, static_cast<const F*>(task.factor) + offset_of(row, task.factor_stride, factor_column), task.factor_stride,
+        rows_within(row, kDown ? task.depth : task.rank, kDown ? kTile : kRanks, factor_column < (kDown ? task.rank : task.depth)));
+    if constexpr (kDraw) {
+      uint8_t* bits = task.mask.data + offset_of(first_row + XShare::line(), task.mask.stride, column / 8);
+#pragma unroll
+      for (int i = 0; i < kTileChunks; ++i, bits += XShare::kStep * task.mask.stride) {
+        const int line = i * XShare::kStep + XShare::line();
+        kept[i] = off ? 0 : dropout_byte(seed, first_row + line, column / 8, task.threshold);
+        if (line < rows && first_rank == 0) *bits = static_cast<uint8_t>(kept[i]);
+      }
+    }
+  };
+
+  Sums<kRanks / 8> sums{};
+  const int64_t start = kDraw || !off ? begin : end;
+  if (start < end) load(start);
+  int buffer = 0;
+  for (int64_t depth = start; depth < end; depth += kTile, buffer ^= 1) {
+    E* const x_tile = x_tiles + buffer * kPanel;
+    E* const f_tile = factor_tiles + buffer * factor_tile_elements(kRanks, kDown);
+#pragma unroll
+    for (int i = 0; i < kTileChunks; ++i) {
+      if constexpr (kDraw) keep(x[i], kept[i]);
+      put<kChunksPerRow>(x_tile, i, x[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kRanks * kChunksPerRow / kThreads; ++i) put<kFactorRow>(f_tile, i, factor[i]);
+    // One barrier a tile: the other buffer was last read before it.
+    __syncthreads();
+    if (depth + kTile < end) load(depth + kTile);
+    multiply<false, kDown>(sums, x_tile, 16 * warp(), f_tile, kTile / 16);
+  }
+
+  float* const out = task.sums + int64_t{blockIdx.y} * task.rows * task.sums_stride;
+  for_each(sums, [&](int i, int j, float sum) {
+    const int64_t row = first_row + 16 * warp() + i, rank = first_rank + j;
+    // Beyond the rank the sum is zero unless x has an infinity, which times zero is NaN.
+    if (row < task.rows && rank < task.sums_stride)
+      out[offset_of(row, task.sums_stride, rank)] = off || rank >= task.rank ? 0.0f : scale * sum;
+  });
+}
+
+// ---- expand ----------------------------------------------------------------------------------------------------------
+
+template <class Y, class F, bool kDown, bool kMasked>
+__global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::type) == 2 ? 4 : 2)
+    expand(const __grid_constant__ ExpandTask task) {
+  using E = typename ElementOf<Y, F>::type;
+  using Mine = Share<kChunksPerRow>;
+  E* const s_tile = reinterpret_cast<E*>(shared_memory);
+  E* const factor_tile = s_tile + kPanel;
+  float* const delta = reinterpret_cast<float*>(factor_tile + kPanel);
+  const int64_t first_row = int64_t{blockIdx.x} * kTile, begin = int64_t{blockIdx.y} * task.columns_per_block;
+  const int64_t end = min_of(begin + task.columns_per_block, task.columns);
+  const bool writes = task.sum != nullptr && blockIdx.y == 0;
+  const auto rank_steps = [&](int64_t first_rank) { return static_cast<int>(ceil_div(min_of(task.rank - first_rank, kTile), 16)); };
+
+  // The sums of the splits for ranks from `first_rank` on, in as many chunks a row as the products read.
+  const auto load_sums = [&](int64_t first_rank, bool write) {
+    const int chunks = 2 * rank_steps(first_rank);
+#pragma unroll 1
+    for (int index = thread(); index < kTile * chunks; index += kThreads) {
+      const int line = index / chunks, column = index % chunks * 8;
+      const int64_t row = first_row + line, rank = first_rank + column;
+      Chunk<float> sum{};
+      if (row < task.rows && rank < task.rank) {
+        const float* from = task.sums + offset_of(row, task.sums_stride, rank);
+        sum = load_chunk(from);
+#pragma unroll 4  // loads that do not wait for each other
+        for (int64_t split = 1; split < task.splits; ++split) {
+          from += task.rows * task.sums_stride;
+          const Chunk<float> next = load_chunk(from);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum.value[j] += next.value[j];
+        }
+        if (write) store_chunk(task.sum + offset_of(row, task.sum_stride, rank), sum, task.sum_stride - rank);
+      }
+      put(s_tile, line / 8, line % 8, column, chunk_of<E>(sum.value));
+    }
+  };
+
+  if (value_of(task.scale) == 0.0f) {
+    for (int64_t rank = 0; writes && rank < task.rank; rank += kTile) load_sums(rank, true);
+    return;
+  }
+  for (int64_t first_column = begin; first_column < end; first_column += kTile) {
+    const int64_t column = first_column + Mine::column();
+    const int rows = rows_within(first_row, task.rows, kTile, column < task.columns);
+    Y* const lines = static_cast<Y*>(task.y) + offset_of(first_row, task.columns, column);
+    Chunk<Y> y[kTileChunks];
+    uint32_t kept[kTileChunks];
+    if (task.y_aligned) fetch<kChunksPerRow>(y, lines, task.columns, rows);
+    if constexpr (kMasked) fetch<kChunksPerRow>(kept, task.mask, first_row, column, rows);
+
+    Sums<kTile / 8> sums{};
+    for (int64_t first_rank = 0; first_rank < task.rank; first_rank += kTile) {
+      __syncthreads();
+      if (task.rank > kTile || first_column == begin) load_sums(first_rank, writes && first_column == begin);
+      const int64_t row = kDown ? first_rank : first_column, factor_column = (kDown ? first_column : first_rank) + Mine::column();
+      Chunk<F> factor[kTileChunks];
+      fetch<kChunksPerRow>(factor, static_cast<const F*>(task.factor) + offset_of(row, task.factor_stride, factor_column),
+                           task.factor_stride,
+                           rows_within(row, kDown ? task.rank : task.columns, kTile, factor_column < (kDown ? task.columns : task.rank)));
+#pragma unroll
+      for (int i = 0; i < kTileChunks; ++i) put<kChunksPerRow>(factor_tile, i, factor[i]);
+      __syncthreads();
+      multiply<false, kDown>(sums, s_tile, 16 * warp(), factor_tile, rank_steps(first_rank));
+    }
+    // From fragments to chunks through shared memory. What is read here is next written after the next tile's barriers.
+    for_each_pair(sums, [&](int i, int j, float first, float second) {
+      *reinterpret_cast<float2*>(delta + (16 * warp() + i) * kDeltaStride + j) = make_float2(first, second);
+    });
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTileChunks; ++i) {
+      const int line = i * Mine::kStep + Mine::line();
+      if (line >= rows) continue;
+      Y* const to = lines + line * task.columns;
+      if (!task.y_aligned) y[i] = load_chunk(to, task.columns - column);
+      float values[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float added = delta[line * kDeltaStride + Mine::column() + j];
+        values[j] = value_of(y[i], j) + (!kMasked || (kept[i] >> j) & 1 ? added : 0.0f);
+      }
+      if (task.y_aligned)
+        store_chunk(to, chunk_of<Y>(values));
+      else
+        store_chunk(to, chunk_of<Y>(values), task.columns - column);
+    }
+  }
+}
+
+// ---- gradient --------------------------------------------------------------------------------------------------------
+
+template <class G, class F, bool kMasked, int kRanks>
+__global__ void __launch_bounds__(kThreads, kRanks == 16 ? 4 : 2) gradient(const __grid_constant__ GradientTask task) {
+  using E = typename ElementOf<G, F>::type;
+  constexpr int kHalves = sizeof(E) == 2 ? 2 : 1;  // 16 features of a warp
+  constexpr int kFeatures = kHalves * kTile;       // of a block
+  constexpr int kRowChunks = kFeatures / 8, kRankChunks = kRanks / 8;
+  using GShare = Share<kRowChunks>;
+  using SShare = Share<kRankChunks>;
+  E* const g_tiles = reinterpret_cast<E*>(shared_memory);
+  E* const s_tiles = g_tiles + 2 * kHalves * kPanel;
+  const int64_t first_feature = int64_t{blockIdx.x} * kFeatures, first_rank = int64_t{blockIdx.z} * kRanks;
+  const int64_t begin = int64_t{blockIdx.y} * task.rows_per_split, end = min_of(begin + task.rows_per_split, task.rows);
+  const int64_t feature = first_feature + GShare::column(), rank = first_rank + SShare::column();
+  const bool off = value_of(task.scale) == 0.0f;
+
+  Chunk<G> g[GShare::kCount];
+  Chunk<float> s[SShare::kCount];
+  uint32_t kept[GShare::kCount];
+  const auto load = [&](int64_t row) {
+    const int rows = rows_within(row, end, kTile, feature < task.features);
+    fetch<kRowChunks>(g, static_cast<const G*>(task.g) + offset_of(row, task.g_stride, feature), task.g_stride, rows);
+    if constexpr (kMasked) fetch<kRowChunks>(kept, task.mask, row, feature, rows);
+    fetch<kRankChunks>(s, task.s + offset_of(row, task.s_stride, rank), task.s_stride, rows_within(row, end, kTile, rank < task.rank));
+  };
+
+  Sums<kRankChunks> sums[kHalves]{};
+  const int64_t start = off ? end : begin;
+  if (start < end) load(start);
+  int buffer = 0;
+  for (int64_t row = start; row < end; row += kTile, buffer ^= 1) {
+    E* const g_tile = g_tiles + buffer * kHalves * kPanel;
+    E* const s_tile = s_tiles + buffer * factor_tile_elements(kRanks, true);
+#pragma unroll
+    for (int i = 0; i < GShare::kCount; ++i) {
+      if constexpr (kMasked) keep(g[i], kept[i]);
+      put<kRowChunks>(g_tile, i, g[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < SShare::kCount; ++i) put<kRankChunks>(s_tile, i, chunk_of<E>(s[i].value));
+    __syncthreads();
+    if (row + kTile < end) load(row + kTile);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) multiply<true, true>(sums[half], g_tile, 16 * (kHalves * warp() + half), s_tile, kTile / 16);
+  }
+
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half)
+    for_each(sums[half], [&](int i, int j, float sum) {
+      const int64_t row = first_feature + 16 * (kHalves * warp() + half) + i, column = first_rank + j;
+      if (row >= task.features || column >= task.rank) return;
+      const float value = off ? 0.0f : sum;
+      const int64_t offset = row * task.feature_stride + column * task.rank_stride;
+      if (task.partials)
+        task.partials[int64_t{blockIdx.y} * task.features * task.rank + offset] = value;
+      else if constexpr (sizeof(F) == 4)
+        static_cast<float*>(task.gradient)[offset] = value;
+      else
+        static_cast<F*>(task.gradient)[offset].bits = static_cast<uint16_t>(pack(F{}, value, 0.0f));
+    });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ FinishTask task) {
+  const auto& result = task.results[blockIdx.y];
+  const int64_t i = int64_t{blockIdx.x} * kFinishThreads + thread();
+  if (i >= result.count) return;
+  float sum = result.partials[i];
+#pragma unroll 8  // loads that do not wait for each other
+  for (int64_t split = 1; split < result.splits; ++split) sum += result.partials[split * result.count + i];
+  if constexpr (sizeof(T) == 4)
+    static_cast<float*>(result.out)[i] = sum;
+  else
+    static_cast<T*>(result.out)[i].bits = static_cast<uint16_t>(pack(T{}, sum, 0.0f));
+}
+
+// A template, so that the one file that names it has it.
+template <class Keep>
+__global__ void __launch_bounds__(kThreads) dropout_mask(const __grid_constant__ DropoutMaskTask task) {
+  const uint64_t seed = static_cast<uint64_t>(*task.seed);
+  const int64_t blocks = ceil_div(task.columns, 8), count = task.rows * blocks, step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + thread(); i < count; i += step) {
+    const int64_t row = i / blocks, block = i % blocks;
+    const uint32_t bits = dropout_byte(seed, row, block, task.threshold);
+    Keep* const to = task.keep + offset_of(row, task.columns, 8 * block);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (8 * block + j < task.columns) to[j] = (bits >> j) & 1;
+  }
+}
+
+template <class X, class F, bool kDown, bool kDraw>
+constexpr Kernel<ShrinkTask> widest_shrink() {
+  if constexpr (sizeof(typename ElementOf<X, F>::type) == 2)
+    return shrink<X, F, kDown, kDraw, 128>;
+  else
+    return nullptr;
+}
+
+template <class X, class F>
+const Kernels& kernels() {
+  static constexpr Kernels table{
+      sizeof(typename ElementOf<X, F>::type),
+      {shrink<X, F, false, false, 16>, shrink<X, F, false, false, 64>, widest_shrink<X, F, false, false>()},
+      {shrink<X, F, false, true, 16>, shrink<X, F, false, true, 64>, widest_shrink<X, F, false, true>()},
+      {shrink<X, F, true, false, 16>, shrink<X, F, true, false, 64>, widest_shrink<X, F, true, false>()},
+      expand<X, F, false, false>,
+      expand<X, F, true, false>,
+      expand<X, F, true, true>,
+      {gradient<X, F, false, 16>, gradient<X, F, false, 64>},
+      {gradient<X, F, true, 16>, gradient<X, F, true, 64>},
+      finish<F>,
+  };
+  return table;
+}
+
+}  // namespace sm80
+}  // namespace peftops::lora
