@@ -2,24 +2,51 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet -c constraints.txt
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc cmake -type f -not -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+GPU_PY := $(if $(wildcard $(PY)),$(PY),python3)
+GPU := $(wildcard /dev/nvidia0 /dev/dxg)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: build test demo bench lint format wheel clean
+.PHONY: build test kernels abi demo bench gpu-libs gpu-check gpu-sanitize gpu-bench lint format wheel clean
 
-# An editable install: Python files are used where they are, the libraries are rebuilt when csrc changes.
+# An editable install: Python files are used where they are, the libraries are rebuilt when csrc changes. The CUDA library is built where
+# nvcc is found, or as PEFTOPS_CUDA=1 or 0 says.
 build: .venv/built
 
 test: build
 	$(PY) -u tests/run.py
 
-demo: build .venv/demo
+# What the compiler made of each CUDA kernel, against the record in tests/build/kernels.txt; RECORD=1 writes the record anew.
+kernels: build
+	$(PY) tests/build/kernels.py $(if $(RECORD),--record)
+
+# The wheel under other releases of torch, each [@PYTHON] in an environment of its own in build/abi; downloads several GB.
+ABI ?= 2.10.0 newest
+abi: build
+	$(PY) -u tests/build/abi/run.py $(ABI)
+
+# Without a GPU the CPU library is enough.
+demo: $(if $(GPU),.venv/built,.venv/built-cpu) .venv/demo
 	$(PY) -u -m peftops demo
 
 bench: build
 	$(PY) -u bench/lora.py
 	$(PY) -u bench/report.py
+
+# What only a GPU can show, each in under nine minutes (CONTRIBUTING.md, "On a GPU"). A GPU machine has the libraries from the archive of
+# gpu-libs and needs neither .venv nor a build. ARGS adds options.
+gpu-libs: build
+	$(PY) -m tests.gpu.pack
+
+gpu-check:
+	PYTHONPATH=python $(GPU_PY) -u -m tests.gpu.check $(ARGS)
+
+gpu-sanitize:
+	PYTHONPATH=python $(GPU_PY) -u -m tests.gpu.sanitize $(ARGS)
+
+gpu-bench:
+	PYTHONPATH=python $(GPU_PY) -u bench/lora.py --device cuda $(ARGS)
 
 lint: .venv/lint
 	ruff check .
@@ -47,8 +74,16 @@ clean:
 	$(PIP) torch setuptools pybind11 cmake ninja
 	touch $@
 
+# CUTLASS for its headers, so without the Python packages that it requires, which is no conflict to warn about; cuobjdump and nvdisasm for
+# the reports on machine code.
 .venv/built: .venv/requirements $(SOURCES)
-	$(PIP) --no-build-isolation --editable '.[test,bench]'
+	nvcc=$$($(PY) cmake/cuda_toolkit.py) && if [ -n "$$nvcc" ]; then \
+	  $(PIP) --no-deps nvidia-cutlass nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm; fi
+	$(PIP) --no-warn-conflicts --no-build-isolation --editable '.[test,bench]'
+	touch $@
+
+.venv/built-cpu: .venv/requirements $(SOURCES)
+	$(MAKE) --question .venv/built || PEFTOPS_CUDA=0 $(PIP) --no-warn-conflicts --no-build-isolation --editable '.[test,bench]'
 	touch $@
 
 .venv/lint: .venv/created constraints.txt

@@ -19,6 +19,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "python" / "peftops"
 
+sys.path.insert(0, str(ROOT / "cmake"))  # pip runs this file without its directory on the path
+import cuda_toolkit  # noqa: E402
+
 
 def version() -> str:
     text = (ROOT / "pyproject.toml").read_text()
@@ -41,29 +44,40 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """One CMake build for libpeftops and _C, incremental. The environment variable CMAKE_ARGS adds options."""
+    """One CMake build for the libraries and _C, incremental. The environment variable CMAKE_ARGS adds options.
+
+    The CUDA library is built where nvcc is found, or as the environment variable PEFTOPS_CUDA (1 or 0) says.
+    """
 
     def run(self) -> None:
         build = ROOT / "build" / "cmake"
         package = PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "peftops"
         cmake = tool("cmake")
+        nvcc, cutlass = cuda_toolkit.nvcc(), cuda_toolkit.cutlass()
         configure = [
             f"-DPEFTOPS_TORCH_DIR={directory_of('torch')}",
             f"-DPEFTOPS_VERSION={version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={directory_of('pybind11') / 'share' / 'cmake' / 'pybind11'}",
             f"-DCMAKE_INSTALL_PREFIX={PACKAGE}",
+            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
+            *([f"-DCUTLASS_DIR={cutlass}"] if cutlass else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        # CMake would keep what it found for another Python, torch or compiler option.
+        # CMake would keep what it found for another Python, torch or compiler option. CUDA may come later.
         record = build / "configuration.txt"
-        if not record.exists() or record.read_text() != "\n".join(configure):
+        before = set(record.read_text().splitlines()) if record.exists() else set()
+        if before - set(configure) or any("CUDA" not in o and "CUTLASS" not in o for o in set(configure) - before):
             shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
-        subprocess.run([cmake, *generator, "-S", str(ROOT), "-B", str(build), *configure], check=True)
+        # Not in the record: what was built stays valid.
+        cuda = f"-DPEFTOPS_CUDA={'ON' if cuda_toolkit.wanted() else 'OFF'}"
+        subprocess.run([cmake, *generator, "-S", str(ROOT), "-B", str(build), cuda, *configure], check=True)
         record.write_text("\n".join(configure))
         subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count())], check=True)
+        # A CUDA library that is not built any more must not stay beside newer operators.
+        shutil.rmtree(package / "lib", ignore_errors=True)
         subprocess.run([cmake, "--install", str(build), "--strip", "--prefix", str(package)], check=True)
 
 
@@ -88,5 +102,7 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("peftops._C", sources=[])],
+    # Only a build with isolation installs it: CUTLASS's package brings packages that its headers do not need.
+    setup_requires=[cuda_toolkit.CUTLASS] if cuda_toolkit.wanted() and cuda_toolkit.cutlass() is None else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

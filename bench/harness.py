@@ -329,17 +329,19 @@ def _best_time(call: Callable[[], object], repeats: int, inner: int) -> float:
 
 @dataclass(frozen=True)
 class Device:
-    """What the figures were measured on."""
+    """What the figures were measured on. A GPU's cores are its multiprocessors; `more`: driver, say."""
 
     kind: str
     model: str
     cores: int
     caches: dict[str, int]
+    more: dict = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
         """Name of the device in file names."""
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.kind} {self.model} {self.cores} cores".lower()).strip("-")
+        name = f"cpu {self.model} {self.cores} cores" if self.kind == "cpu" else f"{self.kind} {self.model}"
+        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
     @property
     def last_cache(self) -> int:
@@ -369,6 +371,24 @@ def this_cpu() -> Device:
     return Device("cpu", name, cores, caches)
 
 
+def this_gpu() -> Device:
+    """The first GPU that torch sees."""
+    properties = torch.cuda.get_device_properties(0)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
+    more = {
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory": properties.total_memory,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+    }
+    caches = {"L2": properties.L2_cache_size}
+    return Device("cuda", properties.name, properties.multi_processor_count, caches, more)
+
+
 def environment(device: Device, packages: Sequence[str]) -> dict:
     """Device, threads, versions, commit and date."""
     versions = {}
@@ -378,36 +398,34 @@ def environment(device: Device, packages: Sequence[str]) -> dict:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "device": {"kind": device.kind, "model": device.model, "cores": device.cores, "caches": device.caches},
+        "device": {
+            "kind": device.kind,
+            "model": device.model,
+            "cores": device.cores,
+            "caches": device.caches,
+            **device.more,
+        },
         "slug": device.slug,
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
-def _commit() -> str:
-    """The checkout's commit; "-dirty" says that code differs from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*"]
-    changed = [
-        "git",
-        "-C",
-        str(Path(__file__).parent.parent),
-        "status",
-        "--porcelain",
-        "--",
-        "csrc",
-        "python",
-        "bench/*.py",
-    ]
+def commit() -> str:
+    """The commit that this tree was made from; "-dirty" says that code differs from it."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "COMMIT").exists():  # the archive of `make gpu-libs`, which has no history
+        return (root / "COMMIT").read_text().strip()
+    git = ["git", "-C", str(root)]
+    changed = [*git, "status", "--porcelain", "--", "csrc", "python", "bench/*.py", "tests/gpu"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        return commit + (
-            "-dirty" if subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip() else ""
-        )
+        name = [*git, "describe", "--always", "--abbrev=12", "--exclude=*"]
+        found = subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip()
+        return found + ("-dirty" if subprocess.run(changed, capture_output=True, check=True).stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -450,12 +468,16 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def run(cases: Sequence[Case], effort_of: Callable[[Case], Effort]) -> Iterator[dict]:
+def run(
+    cases: Sequence[Case],
+    effort_of: Callable[[Case], Effort],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[dict]:
     """Records of all cases, in order."""
     progress = Progress(len(cases))
     for case in cases:
         progress.begin(case.name)
-        yield run_case(case, effort_of(case), progress.note)
+        yield run_case(case, effort_of(case), progress.note, clock)
         progress.end()
         gc.collect()
 

@@ -3,6 +3,7 @@
     python bench/lora.py                  all cases, about ten minutes; writes bench/results/lora-<device>.json
     python bench/lora.py --quick          small sizes, under a minute, writes nothing: shows that it runs
     python bench/lora.py --only 'decode'  cases whose name matches; writes nothing unless --output says where
+    python bench/lora.py --device cuda    on a GPU (lora_gpu.py), within --budget seconds; --part train: a part of it
 
 Groups: "train" = forward and backward of one linear over M=512 tokens, x asks for a gradient, the base weight is
 frozen; "decode" = forward without gradients; "saved" = bytes kept for backward; "block" = one Llama decoder layer with
@@ -17,10 +18,14 @@ import importlib.util
 import math
 import re
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu
 import harness
+import lora_gpu
 import report
 import torch
 from harness import BASE, Case, Effort, Floor, Target
@@ -32,12 +37,14 @@ from lora_contenders import (
     PEFT_FP32,
     RANK,
     BlockShape,
+    Problem,
     block_contenders,
-    decode_contenders,
+    forward_contenders,
     saved_contenders,
     train_contenders,
 )
 
+_PACKAGES = ("torch", "peft", "transformers")
 DTYPES = (torch.bfloat16, torch.float32)
 DROPOUTS = (0.0, 0.1)
 
@@ -83,10 +90,10 @@ def train_case(tokens, size, dtype, p, quick, ceilings, last_cache) -> Case:
     targets = (
         [t for ours, peer in pairs for t in (Target(ours, BASE, limit or 0), Target(ours, peer, 1.0))] if limit else []
     )
-    build = functools.partial(train_contenders, tokens, size, dtype, p, not quick, last_cache)
-    facts = {"tokens": tokens, "in_features": size, "out_features": size, "dtype": _name(dtype), "dropout": p}
+    problem = Problem(tokens, size, size, dtype, p)
+    build = functools.partial(train_contenders, problem, not quick, last_cache)
     name = f"train {_name(dtype)} {size} p={p:g}"
-    return Case(name, "train", facts, build, tuple(targets), train_floor(tokens, size, dtype, ceilings))
+    return Case(name, "train", problem.facts, build, tuple(targets), train_floor(tokens, size, dtype, ceilings))
 
 
 def decode_case(tokens, size, dtype, cached, quick, ceilings, last_cache) -> Case:
@@ -95,14 +102,9 @@ def decode_case(tokens, size, dtype, cached, quick, ceilings, last_cache) -> Cas
         targets = [Target(OURS, PEFT, DECODE_OVER_PEFT_1024)]
     if tokens == 1 and size == 4096:
         targets = [Target(OURS, BASE, DECODE_OVER_BASE_4096)]
-    build = functools.partial(decode_contenders, tokens, size, dtype, cached, tokens == 1 and not quick, last_cache)
-    facts = {
-        "tokens": tokens,
-        "in_features": size,
-        "out_features": size,
-        "dtype": _name(dtype),
-        "weights_cached": cached,
-    }
+    problem = Problem(tokens, size, size, dtype)
+    build = functools.partial(forward_contenders, problem, cached, tokens == 1 and not quick, last_cache)
+    facts = {**problem.facts, "weights_cached": cached}
     name = f"decode {_name(dtype)} {size} M={tokens} weights {'cached' if cached else 'from memory'}"
     floor = None if cached else decode_floor(tokens, size, dtype, ceilings)
     return Case(name, "decode", facts, build, tuple(targets), floor)
@@ -111,10 +113,10 @@ def decode_case(tokens, size, dtype, cached, quick, ceilings, last_cache) -> Cas
 def saved_case(tokens, size, dtype, p) -> Case:
     bound = tokens * size * dtype.itemsize + 4 * tokens * RANK + (tokens * math.ceil(size / 8) if p > 0 else 0)
     names = [OURS] + ([OURS_FP32] if dtype != torch.float32 else [])
-    facts = {"tokens": tokens, "in_features": size, "out_features": size, "dtype": _name(dtype), "dropout": p}
     targets = tuple(Target(name, "x + S + one bit per element", bound, "saved_bytes") for name in names)
-    build = functools.partial(saved_contenders, tokens, size, dtype, p)
-    return Case(f"saved {_name(dtype)} {size} p={p:g}", "saved", facts, build, targets, timed=False)
+    problem = Problem(tokens, size, size, dtype, p)
+    build = functools.partial(saved_contenders, problem)
+    return Case(f"saved {_name(dtype)} {size} p={p:g}", "saved", problem.facts, build, targets, timed=False)
 
 
 def block_case(shape: BlockShape, dtype, p, quick) -> Case:
@@ -163,51 +165,126 @@ def effort(case: Case, quick: bool) -> Effort:
     return Effort(seconds=25, fewest=8, most=30) if case.group == "block" else Effort(seconds=16)
 
 
-def main() -> int:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Cost of LoRA over the frozen linear, beside Hugging Face PEFT.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: a smoke run, no figures")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--only", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument("--part", choices=lora_gpu.PARTS, action="append", help="with --device cuda; may be repeated")
+    parser.add_argument("--budget", type=float, default=500, help="with --device cuda: seconds, default %(default)g")
     parser.add_argument(
         "--output", type=Path, help="JSON file (default bench/results/lora-<device>.json for a full run, else none)"
     )
     args = parser.parse_args()
     if args.threads < 1:
         parser.error(f"--threads is {args.threads}, but must be at least 1")
+    if args.part and args.device == "cpu":
+        parser.error("--part is for --device cuda; on the CPU --only chooses")
+    return args
+
+
+def _unfit(args: argparse.Namespace) -> str | None:
+    """Why nothing can be measured here."""
     missing = [name for name in ("peftops", "peft", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"bench/lora.py needs {', '.join(missing)}: pip install 'peftops[bench]'", file=sys.stderr)
-        return 1
-    torch.set_num_threads(args.threads)
-    device = harness.this_cpu()
-    facts = harness.environment(device, ("torch", "peft", "transformers"))
-    if facts["load_before"] > 0.5:
-        print(f"load average is {facts['load_before']:.1f}: other work disturbs the figures", file=sys.stderr)
-    import peftops
+        return f"bench/lora.py needs {', '.join(missing)}: pip install 'peftops[bench]'"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "bench/lora.py --device cuda: torch sees no GPU"
+    return peftops_cuda_error() if args.device == "cuda" else None
+
+
+def peftops_cuda_error() -> str | None:
+    from peftops import _load
+
+    return _load.cuda_error()
+
+
+def _on_cpu(args: argparse.Namespace, device: harness.Device) -> tuple[dict, list[Case]]:
+    """(facts for the record, cases)."""
     from peftops import _C
 
-    facts["versions"] = {"peftops": peftops.__version__, **facts["versions"]}
-    facts["cpu_level"] = _C.cpu_level()
     ceilings = measure_ceilings(args.quick, device.last_cache)
-    cases = quick_cases(ceilings) if args.quick else all_cases(ceilings, device.last_cache)
+    facts = {
+        "cpu_level": _C.cpu_level(),
+        "ceilings": {
+            "read_bytes_per_second": ceilings.bandwidth,
+            "matmul_operations_per_second": {_name(d): r for d, r in ceilings.rate.items()},
+        },
+    }
+    return facts, quick_cases(ceilings) if args.quick else all_cases(ceilings, device.last_cache)
+
+
+def _on_gpu(args: argparse.Namespace, device: harness.Device) -> tuple[dict, list[Case]]:
+    """(facts for the record, cases)."""
+    bandwidth, rate = gpu.copy_bandwidth(4 << 30), gpu.matmul_rate(lora_gpu.DTYPE, 8192)
+    ceilings = {
+        "copy_bytes_per_second": bandwidth,
+        "matmul_operations_per_second": {_name(lora_gpu.DTYPE): rate},
+    }
+    parts = tuple(args.part or lora_gpu.PARTS)
+    return {"ceilings": ceilings}, lora_gpu.cases(bandwidth, rate, device.last_cache, parts, args.quick)
+
+
+def main() -> int:
+    began = time.monotonic()
+    args = _arguments()
+    if why := _unfit(args):
+        print(why, file=sys.stderr)
+        return 1
+    import peftops
+
+    torch.set_num_threads(args.threads)
+    cuda = args.device == "cuda"
+    device = harness.this_gpu() if cuda else harness.this_cpu()
+    facts = harness.environment(device, ("torch", "triton", "peft", "transformers") if cuda else _PACKAGES)
+    if facts["load_before"] > 0.5:
+        print(f"load average is {facts['load_before']:.1f}: other work disturbs the figures", file=sys.stderr)
+    facts["versions"] = {"peftops": peftops.__version__, **facts["versions"]}
+    more, cases = _on_gpu(args, device) if cuda else _on_cpu(args, device)
     cases = [c for c in cases if re.search(args.only or "", c.name)]
     if not cases:
-        parser.error(f"--only {args.only}: no case matches")
-    facts["ceilings"] = {
-        "read_bytes_per_second": ceilings.bandwidth,
-        "matmul_operations_per_second": {_name(d): r for d, r in ceilings.rate.items()},
-    }
-    results = {"family": "lora", **facts, "rank": RANK, "alpha": ALPHA, "quick": args.quick}
-    results["cases"] = list(harness.run(cases, lambda case: effort(case, args.quick)))
+        print(f"bench/lora.py: --only {args.only}: no case matches", file=sys.stderr)
+        return 2
+    results = {"family": "lora", **facts, **more, "rank": RANK, "alpha": ALPHA, "quick": args.quick, "cases": []}
     output = args.output
-    if output is None and not args.quick and not args.only:
+    if output is None and not args.quick and not args.only and not args.part:
         output = harness.RESULTS / f"lora-{device.slug}.json"
-    if output is not None:
-        harness.write(output, results)
+
+    def save() -> None:
+        if output is not None:
+            harness.write(output, results)
+
+    if cuda:
+        _measure_within(began + args.budget, cases, results, save)
+    else:
+        results["cases"] = list(harness.run(cases, lambda case: effort(case, args.quick)))
+        save()
     print(report.screen(results))
     if output is not None:
         print(f"written to {output}")
-    return 0
+    return 1 if results.get("not_measured") else 0
+
+
+def _measure_within(until: float, cases: list[Case], results: dict, save: Callable[[], None]) -> None:
+    """Measure what fits; a case that fails is named with its reason, and the others still have their turn.
+
+    The record is saved after every case, so that a run which is cut off leaves what it has measured.
+    """
+    missing = results["not_measured"] = {case.name: "out of time" for case in cases}
+    progress = harness.Progress(len(cases))
+    for case in cases:
+        if time.monotonic() >= until:
+            break
+        progress.begin(case.name)
+        try:
+            results["cases"].append(harness.run_case(case, lora_gpu.effort(case), progress.note, gpu.Moment))
+            del missing[case.name]
+        except Exception as error:
+            missing[case.name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        progress.end()
+        gpu.empty()
+        save()
 
 
 if __name__ == "__main__":

@@ -19,27 +19,65 @@ from harness import BASE, Contender, Unavailable
 from torch import Tensor, nn
 
 RANK, ALPHA = 16, 32
-SCALE = ALPHA / RANK
+SCALE = ALPHA / RANK  # for every rank
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 OURS, PEFT, COMPILED = "peftops", "PEFT", "PEFT compiled"
 OURS_FP32, PEFT_FP32 = f"{OURS}, fp32 factors", f"{PEFT}, fp32 factors"
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One linear with LoRA: x [tokens, in_features], weight [out_features, in_features]."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    dropout: float = 0.0
+    rank: int = RANK
+    device: str = "cpu"
+
+    @property
+    def facts(self) -> dict:
+        """What a record says about it."""
+        return {
+            "tokens": self.tokens,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dropout": self.dropout,
+            "rank": self.rank,
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the two factors."""
+        return self.rank * (self.in_features + self.out_features)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def weight(self) -> nn.Parameter:
+        return frozen(self.out_features, self.in_features, dtype=self.dtype, device=self.device)
+
+
 # ---- contenders ------------------------------------------------------------------------------------------------------
 
 
-def peftops_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None) -> nn.Module:
+def peftops_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None, rank: int = RANK) -> nn.Module:
     from peftops.nn import LoRALinear
 
-    return LoRALinear.from_linear(linear, rank=RANK, alpha=ALPHA, dropout=dropout, adapter_dtype=factor_dtype)
+    return LoRALinear.from_linear(
+        linear, rank=rank, alpha=int(SCALE * rank), dropout=dropout, adapter_dtype=factor_dtype
+    )
 
 
-def peft_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None) -> nn.Module:
+def peft_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None, rank: int = RANK) -> nn.Module:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout)
-    layer = Linear(linear, "default", config, r=RANK, lora_alpha=ALPHA)
+    config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), lora_dropout=dropout)
+    layer = Linear(linear, "default", config, r=rank, lora_alpha=int(SCALE * rank))
     for factor in factors(layer):
         factor.data = factor.data.to(factor_dtype or linear.weight.dtype)
     return layer
@@ -50,7 +88,7 @@ class Kind:
     """A contender that puts LoRA over a linear. factor_dtype None = the base's."""
 
     name: str
-    builder: Callable[[nn.Linear, float, torch.dtype | None], nn.Module]
+    builder: Callable[[nn.Linear, float, torch.dtype | None, int], nn.Module]
     factor_dtype: torch.dtype | None = None
     compiled: bool = False
 
@@ -78,7 +116,7 @@ def fill_factors(layer: nn.Module, in_features: int, seed: int) -> None:
     a, b = factors(layer)
     with torch.no_grad():
         a.copy_((torch.randn(a.shape, generator=generator) / in_features**0.5).bfloat16())
-        b.copy_((torch.randn(b.shape, generator=generator) / RANK**0.5).bfloat16())
+        b.copy_((torch.randn(b.shape, generator=generator) / b.shape[1] ** 0.5).bfloat16())
 
 
 def shell(weight: nn.Parameter) -> nn.Linear:
@@ -88,8 +126,8 @@ def shell(weight: nn.Parameter) -> nn.Linear:
     return linear
 
 
-def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter((torch.randn(*shape) / shape[-1] ** 0.5).to(dtype), requires_grad=False)
+def frozen(*shape: int, dtype: torch.dtype, device: str = "cpu") -> nn.Parameter:
+    return nn.Parameter((torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype), requires_grad=False)
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -145,7 +183,7 @@ def probed_mask(layer: Callable, x: Tensor, lora_a: Tensor, lora_b: Tensor, seed
     (dx,) = torch.autograd.grad(y, [x], torch.ones_like(y))
     with torch.no_grad():
         lora_a.copy_(kept_a), lora_b.copy_(kept_b)
-    mask = dx > 0.5 * SCALE * RANK * lora_b.shape[0]
+    mask = dx > 0.5 * SCALE * lora_b.numel()
     share, noise = mask.double().mean().item(), (p * (1 - p) / mask.numel()) ** 0.5
     if abs(share - (1 - p)) > 5 * noise + 1e-4:
         raise AssertionError(f"dropout {p} keeps {share:.4f} of the elements")
@@ -185,14 +223,13 @@ def _or_unavailable(check: Callable[[], float], kind: Kind) -> Callable[[], floa
     return checked
 
 
-def train_contenders(
-    tokens: int, size: int, dtype: torch.dtype, p: float, compiled: bool, last_cache: int
-) -> tuple[list[Contender], int]:
-    sets = rotation((size * size + 2 * tokens * size) * dtype.itemsize, last_cache)
+def train_contenders(problem: Problem, compiled: bool, last_cache: int) -> tuple[list[Contender], int]:
+    shape = problem.tokens, problem.in_features, problem.out_features
+    sets = rotation((shape[1] * shape[2] + shape[0] * (shape[1] + shape[2])) * problem.dtype.itemsize, last_cache)
     torch.manual_seed(0)
-    weights = [frozen(size, size, dtype=dtype) for _ in range(sets)]
-    xs = [torch.randn(tokens, size).to(dtype).requires_grad_() for _ in range(sets)]
-    dys = [torch.randn(tokens, size).to(dtype) for _ in range(sets)]
+    weights = [problem.weight() for _ in range(sets)]
+    xs = [problem.randn(problem.tokens, problem.in_features).requires_grad_() for _ in range(sets)]
+    dys = [problem.randn(problem.tokens, problem.out_features) for _ in range(sets)]
 
     def contender(name: str, layers: list[nn.Module], call: Callable, mask_p: float) -> Contender:
         parameters = [factors(layer) for layer in layers]
@@ -210,28 +247,34 @@ def train_contenders(
             got = gradients(layer, xs[0], dys[0], parameters[0])
             x = xs[0].detach().double().requires_grad_()
             wanted = gradients(reference, x, dys[0].double(), factors(reference))
-            return relative_error(got, wanted, TOLERANCE[dtype], name)
+            return relative_error(got, wanted, TOLERANCE[problem.dtype], name)
 
         return Contender(name, step, check)
 
     result = [contender(BASE, [shell(w) for w in weights], _call, 0.0)]
-    for kind in kinds(dtype, compiled):
-        layers = []
-        for i, weight in enumerate(weights):
-            layers.append(kind.builder(shell(weight), p, kind.factor_dtype).train())
-            fill_factors(layers[-1], size, seed=i)
-        c = contender(kind.name, layers, _compiled(_call) if kind.compiled else _call, p)
+    for kind in kinds(problem.dtype, compiled):
+        layers = adapted(problem, kind, weights, training=True)
+        c = contender(kind.name, layers, _compiled(_call) if kind.compiled else _call, problem.dropout)
         result.append(Contender(c.name, c.step, _or_unavailable(c.check, kind)))
     return result, sets
 
 
-def decode_contenders(
-    tokens: int, size: int, dtype: torch.dtype, cached: bool, compiled: bool, last_cache: int
-) -> tuple[list[Contender], int]:
-    sets = 1 if cached else rotation(size * size * dtype.itemsize, last_cache)
+def adapted(problem: Problem, kind: Kind, weights: list[nn.Parameter], training: bool) -> list[nn.Module]:
+    """The contender's layers, one per input set."""
+    layers = []
+    for i, weight in enumerate(weights):
+        dropout = problem.dropout if training else 0.0
+        layers.append(kind.builder(shell(weight), dropout, kind.factor_dtype, problem.rank).train(training))
+        fill_factors(layers[-1], problem.in_features, seed=i)
+    return layers
+
+
+def forward_contenders(problem: Problem, cached: bool, compiled: bool, last_cache: int) -> tuple[list[Contender], int]:
+    weight_bytes = problem.in_features * problem.out_features * problem.dtype.itemsize
+    sets = 1 if cached else rotation(weight_bytes, last_cache)
     torch.manual_seed(0)
-    weights = [frozen(size, size, dtype=dtype) for _ in range(sets)]
-    xs = [torch.randn(tokens, size).to(dtype) for _ in range(sets)]
+    weights = [problem.weight() for _ in range(sets)]
+    xs = [problem.randn(problem.tokens, problem.in_features) for _ in range(sets)]
 
     def contender(name: str, layers: list[nn.Module], call: Callable) -> Contender:
         @torch.no_grad()
@@ -241,27 +284,24 @@ def decode_contenders(
         def check() -> float:
             with torch.no_grad():
                 wanted = Reference(weights[0], *factors(layers[0]))(xs[0].double())
-            return relative_error((step(0),), (wanted,), TOLERANCE[dtype], name)
+            return relative_error((step(0),), (wanted,), TOLERANCE[problem.dtype], name)
 
         return Contender(name, step, check)
 
     result = [contender(BASE, [shell(w).eval() for w in weights], _call)]
-    for kind in kinds(dtype, compiled):
-        layers = []
-        for i, weight in enumerate(weights):
-            layers.append(kind.builder(shell(weight), 0.0, kind.factor_dtype).eval())
-            fill_factors(layers[-1], size, seed=i)
+    for kind in kinds(problem.dtype, compiled):
+        layers = adapted(problem, kind, weights, training=False)
         c = contender(kind.name, layers, _compiled(_call) if kind.compiled else _call)
         result.append(Contender(c.name, c.step, _or_unavailable(c.check, kind)))
     return result, sets
 
 
-def saved_contenders(tokens: int, size: int, dtype: torch.dtype, p: float) -> tuple[list[Contender], int]:
-    weight = frozen(size, size, dtype=dtype)
-    x = torch.randn(tokens, size).to(dtype).requires_grad_()
+def saved_contenders(problem: Problem) -> tuple[list[Contender], int]:
+    weight = problem.weight()
+    x = problem.randn(problem.tokens, problem.in_features).requires_grad_()
     result = []
-    for kind in kinds(dtype, compiled=False):
-        layer = kind.builder(shell(weight), p, kind.factor_dtype).train()
+    for kind in kinds(problem.dtype, compiled=False):
+        (layer,) = adapted(problem, kind, [weight], training=True)
         held = [*layer.parameters(), *layer.buffers()]
         facts = functools.partial(_saved_facts, functools.partial(layer, x), held)
         result.append(Contender(kind.name, lambda i: None, facts=facts))
@@ -286,8 +326,8 @@ class BlockShape:
     tokens: int = 512
 
 
-def llama_block(shape: BlockShape) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """(decoder layer in float32 with random weights, its rotary embeddings)."""
+def llama_block(shape: BlockShape, dtype: torch.dtype, device: str = "cpu") -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """(decoder layer with random weights, its rotary embeddings)."""
     from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer, LlamaRotaryEmbedding
 
     config = LlamaConfig(
@@ -300,7 +340,8 @@ def llama_block(shape: BlockShape) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     )
     block = LlamaDecoderLayer(config, 0).requires_grad_(False)
     position_ids = torch.arange(shape.tokens).unsqueeze(0)
-    return block, LlamaRotaryEmbedding(config)(torch.zeros(1), position_ids)
+    rotary = LlamaRotaryEmbedding(config)(torch.zeros(1), position_ids)
+    return block.to(device, dtype), tuple(r.to(device, dtype) for r in rotary)
 
 
 def with_layers(block: nn.Module, replace: Callable[[nn.Linear], nn.Module]) -> nn.Module:
@@ -312,14 +353,22 @@ def with_layers(block: nn.Module, replace: Callable[[nn.Linear], nn.Module]) -> 
     return block
 
 
-def block_contenders(shape: BlockShape, dtype: torch.dtype, p: float) -> tuple[list[Contender], int]:
+def block_contenders(
+    shape: BlockShape,
+    dtype: torch.dtype,
+    p: float,
+    device: str = "cpu",
+    peak_bytes: Callable[[Callable[[], object]], int] = harness.peak_bytes,
+) -> tuple[list[Contender], int]:
     torch.manual_seed(0)
-    block, rotary = llama_block(shape)
-    block = block.to(dtype)
-    rotary = tuple(r.to(dtype) for r in rotary)
+    block, rotary = llama_block(shape, dtype, device)
     sets = 2  # the weights alone exceed the caches
-    xs = [torch.randn(1, shape.tokens, shape.hidden).to(dtype).requires_grad_() for _ in range(sets)]
-    dys = [torch.randn(1, shape.tokens, shape.hidden).to(dtype) for _ in range(sets)]
+
+    def randn() -> Tensor:
+        return torch.randn(1, shape.tokens, shape.hidden, device=device).to(dtype)
+
+    xs = [randn().requires_grad_() for _ in range(sets)]
+    dys = [randn() for _ in range(sets)]
 
     @functools.cache  # the factors hold the same values in every contender
     def reference_results(with_factors: bool) -> tuple[Tensor, ...]:
@@ -329,7 +378,8 @@ def block_contenders(shape: BlockShape, dtype: torch.dtype, p: float) -> tuple[l
         def law(linear: nn.Linear) -> nn.Module:
             if not with_factors:
                 return Reference(linear.weight)
-            lora_a, lora_b = torch.empty(RANK, linear.in_features), torch.empty(linear.out_features, RANK)
+            lora_a = torch.empty(RANK, linear.in_features, device=device)
+            lora_b = torch.empty(linear.out_features, RANK, device=device)
             exact = Reference(linear.weight, lora_a, lora_b)
             fill_factors(exact, linear.in_features, next(seeds))
             return exact
@@ -358,7 +408,7 @@ def block_contenders(shape: BlockShape, dtype: torch.dtype, p: float) -> tuple[l
             held = [*module.parameters(), *module.buffers(), *rotary]
             return {
                 "saved_bytes": harness.saved_bytes(lambda: _block_call(module, xs[0], rotary), held),
-                "peak_bytes": harness.peak_bytes(lambda: step(0)),
+                "peak_bytes": peak_bytes(lambda: step(0)),
             }
 
         return Contender(name, step, check, facts)

@@ -3,8 +3,9 @@
     python bench/report.py           rewrites RESULTS.md and the READMEs' tables
     python bench/report.py --check   fails, naming the files, where they do not show what bench/results/ holds
 
-A family's table stands between the lines `<!-- bench:FAMILY:begin -->` and `<!-- bench:FAMILY:end -->`. So does, with
-`demo` for the family, the table of a `make demo` whose table.txt and metrics.json were copied to bench/results/demo/.
+A family's table stands between the lines `<!-- bench:FAMILY:begin -->` and `<!-- bench:FAMILY:end -->`. So do, with
+`demo` for the family, the table of a `make demo` whose table.txt and metrics.json were copied to bench/results/demo/,
+and, with `kernels`, which CUDA kernels a GPU has shown to be right (verified.py).
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import verified
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"lora": ("README.md", "csrc/lora/README.md")}
 TITLES = {
     "train": "Training: forward and backward of one frozen linear, x asks for a gradient",
     "decode": "Decode: forward of one linear without gradients",
+    "forward": "Forward of one linear without gradients",
+    "eager": "Training, launched from Python call by call",
     "saved": "Kept for backward by one linear (x included)",
     "block": "One Llama decoder layer with LoRA on its seven linears, forward and backward",
 }
 BASE, CONTROL = "base", "control"
 _COMMAND = "`make bench`"
+_NO_GPU = "On a GPU: not measured (`make gpu-bench`)."
 _FP32 = '"fp32 factors" are float32 factors over a bfloat16 base, PEFT\'s default.'
 
 Table = tuple[list[str], list[list[str]]]
@@ -158,14 +164,25 @@ def machine(results: dict) -> list[str]:
     device, ceilings = results["device"], results["ceilings"]
     caches = ", ".join(f"{name} {bytes_text(size)}" for name, size in device["caches"].items())
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    rates = ", ".join(f"{n} {r / 1e9:.0f} Gop/s" for n, r in ceilings["matmul_operations_per_second"].items())
+    rates = ", ".join(f"{n} {_rate(r)}" for n, r in ceilings["matmul_operations_per_second"].items())
+    if device["kind"] == "cuda":
+        where = f"{device['model']}, {device['cores']} multiprocessors, {caches}; driver {device['driver']}, "
+        where += f"CUDA {device['cuda']}. All but the eager cases replay CUDA graphs."
+        moved = f"copy (bytes read and written) {ceilings['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+    else:
+        where = f"{device['model']}, {device['cores']} cores, {caches}; {results['threads']} threads, "
+        where += f"{results['cpu_level']} kernels."
+        moved = f"read {ceilings['read_bytes_per_second'] / 1e9:.1f} GB/s"
     return [
-        f"{device['model']}, {device['cores']} cores, {caches}; {results['threads']} threads, "
-        f"{results['cpu_level']} kernels.",
+        where,
         f"{versions}; commit {results['commit']}, {results['date']}, "
         f"load average before the run {results['load_before']:.2f}.",
-        f"Ceilings measured here: read {ceilings['read_bytes_per_second'] / 1e9:.1f} GB/s, matmul {rates}.",
+        f"Ceilings measured here: {moved}, matmul {rates}.",
     ]
+
+
+def _rate(operations: float) -> str:
+    return f"{operations / 1e12:.0f} Top/s" if operations >= 1e13 else f"{operations / 1e9:.0f} Gop/s"
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
@@ -175,20 +192,21 @@ def screen(results: dict) -> str:
     lines = machine(results)
     for group, cases in _groups(results["cases"]).items():
         lines += ["", TITLES[group], *as_text(group_table(cases, full=True))]
-    lines += ["", *_reasons(results["cases"])]
+    lines += ["", *_reasons(results)]
     if any(case["targets"] for case in results["cases"]):
         lines += [*as_text(target_table(results["cases"])), "", f"Targets: {tally(results['cases'])}."]
     return "\n".join(lines)
 
 
-def _reasons(cases: Sequence[dict]) -> list[str]:
-    return [f"{c['name']}: {name} not measured: {why}" for c in cases for name, why in c["skipped"].items()]
+def _reasons(results: dict) -> list[str]:
+    skipped = [(f"{c['name']}: {name}", why) for c in results["cases"] for name, why in c["skipped"].items()]
+    return [f"{what} not measured: {why}" for what, why in [*skipped, *results.get("not_measured", {}).items()]]
 
 
 def load(folder: Path) -> list[dict]:
-    """All results, ordered by file name. Raises ValueError for a smoke run's: its figures mean nothing."""
+    """All figures, ordered by file name. Raises ValueError for a smoke run's: they mean nothing."""
     results = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(set(folder.glob("*.json")) - set(folder.glob("gpu-*.json"))):
         results.append(json.loads(path.read_text()))
         if results[-1]["quick"]:
             raise ValueError(f"{path.name} comes from a run with --quick, which measures nothing")
@@ -208,7 +226,20 @@ def family_table(results: Sequence[dict], family: str, page: Path, root: Path) -
         ]
         for group, cases in _groups([c for c in r["cases"] if c["targets"]]).items():
             lines += [f"**{TITLES[group]}**", "", *as_markdown(group_table(cases, full=False)), ""]
+    if lines and not _any_gpu(results, family):
+        lines.append(_NO_GPU)
     return "\n".join(lines).strip() or f"Not measured yet ({_COMMAND})."
+
+
+def _any_gpu(results: Sequence[dict], family: str) -> bool:
+    return any(r["family"] == family and r["device"]["kind"] == "cuda" for r in results)
+
+
+def kernel_table(root: Path) -> str:
+    """What stands in the README about every CUDA kernel of the library."""
+    records = [json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("gpu-check-*.json"))]
+    kernels = verified.read(root / verified.KERNELS.relative_to(ROOT))
+    return "\n".join(as_markdown(verified.table(kernels, records)))
 
 
 def results_page(results: Sequence[dict]) -> str:
@@ -230,8 +261,10 @@ def results_page(results: Sequence[dict]) -> str:
         lines += [f"## {r['family']}: {r['slug']}", "", *(f"- {line}" for line in machine(r)), ""]
         for group, cases in _groups(r["cases"]).items():
             lines += [f"### {TITLES[group]}", "", *as_markdown(group_table(cases, full=True)), ""]
-        lines += [*(f"- {reason}" for reason in _reasons(r["cases"])), ""]
+        lines += [*(f"- {reason}" for reason in _reasons(r)), ""]
         lines += [f"### Targets: {tally(r['cases'])}", "", *as_markdown(target_table(r["cases"])), ""]
+    for family in (f for f in PAGES if results and not _any_gpu(results, f)):
+        lines += [f"## {family}: GPU", "", _NO_GPU, ""]
     return "\n".join(lines if results else [*lines, "Not measured yet.", ""])
 
 
@@ -256,9 +289,10 @@ def pages(root: Path) -> dict[Path, str]:
             wanted[path] = inject(
                 path.read_text(), family, family_table(results, family, path, root), str(path.relative_to(root))
             )
+    readme = root / "README.md"
+    wanted[readme] = inject(wanted[readme], "kernels", kernel_table(root), readme.name)
     demo = root / "bench" / "results" / "demo" / "table.txt"
     if demo.exists():
-        readme = root / "README.md"
         wanted[readme] = inject(wanted[readme], "demo", f"```text\n{demo.read_text()}```", readme.name)
     return wanted
 

@@ -84,6 +84,7 @@ class Call {
   // Y += keep(S F^T), F as [columns, rank] or `down` as [rank, columns]; Y is contiguous. S itself goes to `sum` where it is given.
   void expand(const Tensor& y, int64_t columns, const Sums& sums, const Tensor& factor, int64_t rank, bool down, Scale scale, MaskBits mask,
               float* sum, int64_t sum_stride) {
+    if (columns == 0) return;
     const Rows f = padded_factor(factor);
     const ExpandPlan plan = plan_expand(sums.rows, columns, kernels_.element_bytes, launch_.device());
     ExpandTask task{};
@@ -104,6 +105,7 @@ class Call {
   // gradient = keep(G)^T S; `gradient` lies with the features or the ranks fastest. Complete after finish().
   void gradient(const Rows& g, const float* s, int64_t s_stride, const Tensor& gradient, int64_t rank, bool features_fastest, Scale scale,
                 MaskBits mask) {
+    if (g.columns == 0) return;
     const Rows lines = padded(g);
     const GradientPlan plan = plan_gradient(g.rows, g.columns, rank, kernels_.element_bytes, launch_.device());
     GradientTask task{};
@@ -137,6 +139,7 @@ class Call {
     if (sums.splits == 1) return sums.values;
     Tensor sum = empty_on(like_, ScalarType::Float, sums.rows, sums.stride);
     const int64_t count = sums.rows * sums.stride;
+    if (count == 0) return sum;
     FinishTask task{};
     task.results[0] = {sums.data(), sums.splits, count, sum.mutable_data_ptr()};
     launch_(kernels_float32().finish, {ceil_div(count, kFinishThreads)}, kFinishThreads, 0, task);
@@ -172,7 +175,7 @@ Forward forward(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   const int64_t rows = rows_of(x);
   const bool drops = dropout_p > 0.0;
   const Scale scale = scale_of(scale_, tensor_scale, dropout_p);
-  if (is_off(scale) || rows == 0 || features == 0 || (rank == 0 && !drops))
+  if (is_off(scale) || rows == 0 || (rank == 0 && !drops) || (out_features == 0 && !saves))
     return {y, zeros_on(x, ScalarType::Float, rows, rank),
             drops ? zeros_on(x, ScalarType::Byte, rows, ceil_div(features, 8)) : empty_on(x, ScalarType::Byte, 0)};
 
@@ -221,7 +224,7 @@ Gradients lora_linear_backward(Tensor grad, std::optional<Tensor> x, Tensor weig
   const Scale scale = scale_of(scale_, tensor_scale, dropout_p);
   const int64_t rows = g.rows;
   Tensor grad_a, grad_b;
-  if (is_off(scale) || rows == 0 || rank == 0 || features == 0 || out_features == 0) {
+  if (is_off(scale) || rows == 0 || rank == 0) {
     if (need_a) grad_a = zeros_on(lora_a, type, rank, features);
     if (need_b) grad_b = zeros_on(lora_b, type, out_features, rank);
   } else if (need_x || need_a || need_b) {

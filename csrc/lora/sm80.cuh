@@ -137,10 +137,9 @@ PEFTOPS_DEVICE E* at(E* tile, int block, int row, int column) {
 
 template <class E, class T>
 PEFTOPS_DEVICE void put(E* tile, int block, int row, int column, const Chunk<T>& chunk) {
-  if constexpr (sizeof(E) == sizeof(T) && sizeof(E) == 2) {
+  if constexpr (sizeof(E) == 2) {
+    static_assert(sizeof(T) == 2);
     *reinterpret_cast<uint4*>(at(tile, block, row, column)) = *reinterpret_cast<const uint4*>(&chunk);
-  } else if constexpr (sizeof(E) == 2) {
-    *reinterpret_cast<uint4*>(at(tile, block, row, column)) = *reinterpret_cast<const uint4*>(&chunk.value);
   } else {
 #pragma unroll
     for (int j = 0; j < 8; j += 4)

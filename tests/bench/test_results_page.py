@@ -47,9 +47,13 @@ def root(tmp_path):
     """A checkout with results and pages that hold markers but no tables."""
     (tmp_path / "bench" / "results").mkdir(parents=True)
     (tmp_path / "bench" / "results" / "lora-cpu-x.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "tests" / "build").mkdir(parents=True)
+    (tmp_path / "tests" / "build" / "kernels.txt").write_text("lora::sm80::finish<float> sm_90a 26 0 0 0 0 c90\n")
     for name in report.PAGES["lora"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before\n<!-- bench:lora:begin -->\n<!-- bench:lora:end -->\nafter\n")
+    with (tmp_path / "README.md").open("a") as file:
+        file.write("<!-- bench:kernels:begin -->\n<!-- bench:kernels:end -->\nend\n")
     return tmp_path
 
 
@@ -114,9 +118,7 @@ def test_write_then_check_then_stale(root, capsys):
     assert report.main([], root) == 0
     assert report.main(["--check"], root) == 0
     readme = (root / "README.md").read_text()
-    assert readme.startswith("before\n<!-- bench:lora:begin -->\n") and readme.endswith(
-        "\n<!-- bench:lora:end -->\nafter\n"
-    )
+    assert readme.startswith("before\n<!-- bench:lora:begin -->\n") and "\n<!-- bench:lora:end -->\nafter\n" in readme
     assert "| bfloat16 4096 p=0 | 88.1 ms | 1.034x |" in readme and "(bench/RESULTS.md)" in readme
     assert "(../../bench/RESULTS.md)" in (root / "csrc/lora/README.md").read_text()
     page = (root / "bench/RESULTS.md").read_text()
@@ -125,6 +127,51 @@ def test_write_then_check_then_stale(root, capsys):
     capsys.readouterr()
     assert report.main(["--check"], root) == 1
     assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+GPU = {
+    "slug": "cuda-nvidia-h200",
+    "device": {"kind": "cuda", "model": "NVIDIA H200", "cores": 132, "caches": {"L2": 60 << 20}, "driver": "580",
+               "cuda": "13.0"},
+    "ceilings": {"copy_bytes_per_second": 4.3e12, "matmul_operations_per_second": {"bfloat16": 7.9e14}},
+    "not_measured": {"train M=1": "out of time"},
+}  # fmt: skip
+
+
+def test_what_no_gpu_has_measured_is_called_so(root):
+    assert report.main([], root) == 0
+    for name in ("README.md", "csrc/lora/README.md", "bench/RESULTS.md"):
+        assert "On a GPU: not measured (`make gpu-bench`)." in (root / name).read_text()
+    (root / "bench/results/lora-cuda-nvidia-h200.json").write_text(json.dumps(RESULTS | GPU))
+    assert report.main([], root) == 0
+    readme, page = (root / "README.md").read_text(), (root / "bench/RESULTS.md").read_text()
+    assert "not measured (`make gpu-bench`)" not in readme + page
+    assert "NVIDIA H200, 132 multiprocessors, L2 60.0 MiB; driver 580, CUDA 13.0." in readme
+    assert "copy (bytes read and written) 4300 GB/s, matmul bfloat16 790 Top/s" in page
+    assert "- train M=1 not measured: out of time" in page
+
+
+def test_the_readme_says_which_kernels_a_gpu_has_shown_to_be_right(root):
+    assert report.main([], root) == 0
+    unknown = "| `lora::sm80::finish` | 1 | sm_90a | not verified on a device |"
+    assert unknown in (root / "README.md").read_text()
+    record = {
+        "family": "gpu-check",
+        "passed": True,
+        "commit": "0123456789ab",
+        "date": "2026-12-01 10:00 UTC",
+        "device": {"model": "NVIDIA H200"},
+        "kernels": [{"name": "lora::sm80::finish<float>", "arch": "sm_90a", "hash": "c90", "launched": True}],
+    }
+    (root / "bench/results/gpu-check-cuda-nvidia-h200.json").write_text(json.dumps(record))
+    assert report.main(["--check"], root) == 1
+    assert report.main([], root) == 0
+    known = "| `lora::sm80::finish` | 1 | sm_90a | device-verified at 0123456789ab on NVIDIA H200 |"
+    assert known in (root / "README.md").read_text()
+    (root / "tests/build/kernels.txt").write_text("lora::sm80::finish<float> sm_90a 26 0 0 0 0 other\n")
+    assert report.main(["--check"], root) == 1  # the machine code changed: the page must not go on saying so
+    assert report.main([], root) == 0
+    assert unknown in (root / "README.md").read_text()
 
 
 def test_no_results_are_called_not_measured(root):

@@ -1,4 +1,4 @@
-"""The built library and its objects, and what nm, objdump and readelf say about them."""
+"""The built libraries and their objects, and what nm, objdump and readelf say about them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,42 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from peftops import _C
+
+from . import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cmake"
 LIBRARY = ROOT / "python" / "peftops" / "lib" / "libpeftops.so"
+
+
+# What is not run, by the marker that asks for it: why, and how many tests.
+left_out: dict[str, tuple[str, int]] = {}
+
+
+def reason_to_leave_out(marker: str) -> str | None:
+    """Why tests with this marker cannot run here."""
+    if not _C.cuda_targets:
+        return "libpeftops_cuda was not built, because there is no nvcc or PEFTOPS_CUDA is 0"
+    if marker == "same_nvcc" and kernels.LIBRARY.exists():
+        recorded, _ = kernels.read_record(kernels.RECORD)
+        if (built := kernels.compiler(kernels.LIBRARY)) != recorded:
+            return f"{kernels.RECORD.name} is of nvcc {recorded}, but the library of nvcc {built}"
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for marker in ("cuda_library", "same_nvcc"):
+        out = [item for item in items if item.get_closest_marker(marker)]
+        if out and (reason := reason_to_leave_out(marker)):
+            left_out[marker] = (reason, len(out))
+            config.hook.pytest_deselected(items=out)
+            items[:] = [item for item in items if item not in out]
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for reason, count in left_out.values():
+        terminalreporter.write_line(f"left out: {count} tests, because {reason}")
 
 
 def tool(name: str, *arguments: str | Path) -> str:
@@ -35,6 +67,19 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    if not kernels.LIBRARY.exists():
+        pytest.fail(f"{kernels.LIBRARY} is missing: run `make build`")
+    return kernels.LIBRARY
+
+
+@pytest.fixture(scope="session")
+def built(cuda_library) -> list[kernels.Kernel]:
+    """The kernels of the built library."""
+    return kernels.kernels(cuda_library)
+
+
+@pytest.fixture(scope="session")
 def commands() -> list[dict]:
     """The compiler calls of the build: file, output (both absolute) and command of each."""
     path = BUILD / "compile_commands.json"
@@ -53,10 +98,13 @@ def commands() -> list[dict]:
 
 @pytest.fixture(scope="session")
 def level_objects(commands) -> dict[str, list[Path]]:
-    """The objects of each instruction-set level; those compiled for every machine are under "" and, for `_C`, "_C"."""
+    """The objects of each instruction-set level; those compiled for every machine are under "" and, for `_C`, "_C".
+
+    Of CUDA sources it is the host's part that binutils sees.
+    """
     found: dict[str, list[Path]] = {}
     for command in commands:
         target = command["output"].relative_to(BUILD / "CMakeFiles").parts[0].removesuffix(".dir")
-        level = "" if target == "peftops" else target.removeprefix("peftops_")
+        level = "" if target in ("peftops", "peftops_cuda") else target.removeprefix("peftops_")
         found.setdefault(level, []).append(command["output"])
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from peftops import _C
+
 from .conftest import BUILD, ROOT
 
 
@@ -18,7 +20,8 @@ def of_target(commands: list[dict], target: str) -> list[dict]:
 
 
 def test_every_source_is_in_the_build(commands):
-    sources = set((ROOT / "csrc").rglob("*.cpp"))
+    kinds = ["*.cpp", "*.cu"] if _C.cuda_targets else ["*.cpp"]
+    sources = {path for kind in kinds for path in (ROOT / "csrc").rglob(kind)}
     assert sources, "no sources"
     assert {command["file"] for command in commands} == sources
 

@@ -11,8 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from peftops import _C
 
 from .conftest import ROOT
+
+LIBRARIES = {"peftops/lib/libpeftops.so"} | ({"peftops/lib/libpeftops_cuda.so"} if _C.cuda_targets else set())
 
 RUN = """
 import torch, peftops
@@ -51,8 +54,8 @@ def test_wheel_contents(wheel):
     }
     native = {name for name in names if name.endswith(".so")}
     assert names - native == sources
-    assert "peftops/lib/libpeftops.so" in native
-    assert [re.sub(r"_C\..*\.so", "_C", name) for name in native - {"peftops/lib/libpeftops.so"}] == ["peftops/_C"]
+    assert native >= LIBRARIES
+    assert [re.sub(r"_C\..*\.so", "_C", name) for name in native - LIBRARIES] == ["peftops/_C"]
 
 
 def test_wheel_metadata(wheel):
@@ -87,8 +90,11 @@ def test_source_distribution_has_what_the_build_needs(tmp_path):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
-        str(p.relative_to(ROOT)) for folder in ("csrc", "python") for p in (ROOT / folder).rglob("*.*") if p.is_file()
+        str(p.relative_to(ROOT))
+        for folder in ("cmake", "csrc", "python")
+        for p in (ROOT / folder).rglob("*.*")
+        if p.is_file()
     }
-    wanted = {name for name in wanted if Path(name).suffix in {".cpp", ".h", ".map", ".py"}}
+    wanted = {name for name in wanted if Path(name).suffix in {".cmake", ".cpp", ".cu", ".cuh", ".h", ".map", ".py"}}
     assert wanted | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import peftops  # noqa: F401  (registers the schemas)
@@ -42,47 +44,145 @@ def repository_files() -> list[Path]:
     return [path for path in map(ROOT.joinpath, listing.stdout.splitlines()) if path.is_file()]
 
 
-def native_files() -> list[Path]:
-    files = [path for path in CSRC.rglob("*") if path.suffix in NATIVE]
+def native_files() -> dict[str, str]:
+    """The C++ and CUDA sources by their path in csrc."""
+    files = {str(path.relative_to(CSRC)): path.read_text() for path in CSRC.rglob("*") if path.suffix in NATIVE}
     assert files
     return files
 
 
-def code(path: Path) -> list[tuple[int, str]]:
+def code(text: str) -> list[tuple[int, str]]:
     """Numbered lines of a C++ file without its comments."""
-    return [(number, line.partition("//")[0]) for number, line in enumerate(path.read_text().splitlines(), 1)]
+    return [(number, line.partition("//")[0]) for number, line in enumerate(text.splitlines(), 1)]
 
 
-def places(pattern: str, files: list[Path]) -> list[str]:
+@dataclass(frozen=True)
+class Rule:
+    """What must not stand in a source file. bad: a line that breaks the rule. applies: to which paths in csrc."""
+
+    pattern: str
+    bad: str
+    applies: Callable[[str], bool] = lambda path: True
+
+
+def only_in(*allowed: str) -> Callable[[str], bool]:
+    return lambda path: path not in allowed
+
+
+DOOR = "common/launch.h"
+RULES = {
+    "no launch in triple chevrons": Rule(r"<<<", "kernel<<<grid, 128, 0, stream>>>(task);"),
+    "launches go through one door": Rule(
+        r"\bcu(da)?Launch|\bcudaGraphLaunch|\bcudaFuncSetAttribute",
+        "cudaLaunchKernelExC(&config, function, arguments);",
+        only_in(DOOR),
+    ),
+    "the door alone knows device and stream": Rule(
+        r"DeviceGuard|\bcudaStream_t|get_current_cuda_stream|\bcudaDeviceGetAttribute",
+        "cudaStream_t stream;",
+        only_in(DOOR),
+    ),
+    "nobody changes the device by hand": Rule(r"\bcu(da)?(SetDevice|CtxSet|CtxPush)", "cudaSetDevice(1);"),
+    "the id of a stream is not its handle": Rule(r"[.>]id\(\)", "launch(stream.id());"),  # flash-attention#1957
+    "no allocation outside torch": Rule(r"\bcu(da)?(Malloc|Free|Mem\w*Alloc)", "cudaMallocAsync(&pointer, 8, stream);"),
+    "no hidden copy": Rule(r"\bcu(da)?Mem(cpy|set)", "cudaMemcpyAsync(to, from, 8, cudaMemcpyDefault, stream);"),
+    "no hidden synchronisation": Rule(r"\bcu(da)?\w*(Synchronize|WaitEvent)\b", "cudaStreamSynchronize(stream);"),
+    "PTX stands in one header": Rule(r"\basm\b", 'asm volatile("bar.sync 0;");', only_in("common/ptx.cuh")),
+    "threads are those of torch": Rule(
+        r"std::(j?thread|async)\b|#pragma omp|\bomp_|\bpthread_", "std::thread worker([] {});"
+    ),
+    "no unstable torch header": Rule(
+        r'#include [<"](?!torch/csrc/(stable|inductor/aoti_torch)/|torch/headeronly/)(torch|ATen|c10|caffe2)/',
+        "#include <ATen/ATen.h>",
+    ),
+}
+
+
+def violations(rule: Rule, files: Mapping[str, str]) -> list[str]:
     return [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in files
-        for number, line in code(path)
-        if re.search(pattern, line)
+        f"csrc/{path}:{number}: {line.strip()}"
+        for path, text in files.items()
+        if rule.applies(path)
+        for number, line in code(text)
+        if re.search(rule.pattern, line)
     ]
 
 
-def test_launches_go_through_one_door():
-    assert not places(r"<<<", [path for path in native_files() if path != CSRC / "common" / "launch.h"])
+@pytest.mark.parametrize("name", RULES)
+def test_rule(name):
+    assert not violations(RULES[name], native_files())
 
 
-def test_threads_are_those_of_torch():
-    assert not places(r"std::(j?thread|async)\b|#pragma omp|\bomp_|\bpthread_", native_files())
+@pytest.mark.parametrize("name", RULES)
+def test_rule_bites(name):
+    rule = RULES[name]
+    assert violations(rule, {"lora/cuda.cu": f"  {rule.bad}  // why"}) == [f"csrc/lora/cuda.cu:1: {rule.bad}"]
+    assert not violations(rule, {"lora/cuda.cu": f"// {rule.bad}"})
 
 
-def test_no_unstable_torch_header():
-    headers = r'#include [<"](?!torch/csrc/(stable|inductor/aoti_torch)/|torch/headeronly/)(torch|ATen|c10|caffe2)/'
-    assert not places(headers, native_files())
+def headers_with_torch(files: Mapping[str, str]) -> dict[str, list[str]]:
+    """Device headers (*.cuh) that include torch, by themselves or through another header: path -> torch's headers."""
+
+    def included(path: str, seen: set[str]) -> set[str]:
+        found = set()
+        for _, line in code(files.get(path, "")):
+            if match := re.match(r'\s*#\s*include\s*([<"])([^>"]+)[>"]', line):
+                name = match.group(2)
+                own = (
+                    str((CSRC / path).parent.joinpath(name).resolve().relative_to(CSRC))
+                    if match.group(1) == '"'
+                    else ""
+                )
+                if own in files and own not in seen:
+                    seen.add(own)
+                    found |= included(own, seen)
+                elif re.match("torch/|ATen/|c10/", name):
+                    found.add(name)
+        return found
+
+    every = {path: sorted(included(path, {path})) for path in files if path.endswith(".cuh")}
+    return {path: headers for path, headers in every.items() if headers}
+
+
+def test_device_headers_know_no_torch():
+    assert not headers_with_torch(native_files())
+
+
+def test_device_header_with_torch_is_found():
+    torch_header = "#include <torch/csrc/stable/tensor.h>"
+    assert headers_with_torch({"lora/sm80.cuh": torch_header}) == {"lora/sm80.cuh": ["torch/csrc/stable/tensor.h"]}
+    files = {
+        "lora/sm80.cuh": '#include "../common/check.h"',
+        "common/check.h": torch_header,
+        "lora/cuda.cu": torch_header,
+    }
+    assert headers_with_torch(files) == {"lora/sm80.cuh": ["torch/csrc/stable/tensor.h"]}
+
+
+def local_statics(files: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(file, name) of each function-local static that is no constant."""
+    return {
+        (path, name)
+        for path, text in files.items()
+        for _, line in code(text)
+        for name in re.findall(r"^\s+static (?!constexpr)[^()]*?(\w+)\s*(?:=|;|\{)", line)
+    }
 
 
 def test_function_local_statics_hold_no_fact_about_a_device():
-    found = {
-        (str(path.relative_to(CSRC)), name)
-        for path in native_files()
-        for _, line in code(path)
-        for name in re.findall(r"^\s+static (?!constexpr)[^()]*?(\w+)\s*(?:=|;|\{)", line)
-    }
-    assert found == DEVICE_FREE_STATICS
+    assert local_statics(native_files()) == DEVICE_FREE_STATICS
+
+
+def test_function_local_static_is_found():
+    """As in bitsandbytes#1952: the shared-memory opt-in of the first device was taken for that of all."""
+    for line in ("  static bool configured = false;", "  static int sm{};", "  static Device device;"):
+        assert local_statics({"lora/cuda.cu": line})
+    for line in (
+        "  static constexpr int kTile = 64;",
+        "static int helper() { return 1; }",
+        "  // static bool configured;",
+    ):
+        assert not local_statics({"lora/cuda.cu": line})
 
 
 def test_schemas_take_no_string():
@@ -102,10 +202,8 @@ def test_every_schema_stands_in_ops_cpp():
     assert listed == registered
 
 
-@pytest.mark.parametrize(
-    "room", sorted(path.name for path in CSRC.iterdir() if path.is_dir() and path.name != "common")
-)
-def test_a_room_has_the_same_names_everywhere(room):
+def missing_in_room(room: str, files: set[str]) -> list[str]:
+    """What a room lacks, of the repository's files; device code where there are CUDA kernels, too."""
     wanted = [
         f"csrc/{room}/README.md",
         f"csrc/{room}/{room}.cpp",
@@ -115,7 +213,22 @@ def test_a_room_has_the_same_names_everywhere(room):
         f"tests/ops/test_{room}.py",
         f"bench/{room}.py",
     ]
-    assert not [path for path in wanted if not (ROOT / path).is_file()]
+    if f"csrc/{room}/cuda.cu" in files:
+        wanted.append(f"csrc/{room}/sm80.cuh")
+    return [path for path in wanted if path not in files]
+
+
+@pytest.mark.parametrize(
+    "room", sorted(path.name for path in CSRC.iterdir() if path.is_dir() and path.name != "common")
+)
+def test_a_room_has_the_same_names_everywhere(room):
+    assert not missing_in_room(room, {str(path.relative_to(ROOT)) for path in repository_files()})
+
+
+def test_missing_device_code_is_found():
+    files = {str(path.relative_to(ROOT)) for path in repository_files()}
+    assert missing_in_room("lora", files - {"csrc/lora/sm80.cuh"}) == ["csrc/lora/sm80.cuh"]
+    assert not missing_in_room("lora", files - {"csrc/lora/sm80.cuh", "csrc/lora/cuda.cu"})
 
 
 def imported(path: Path) -> set[str]:

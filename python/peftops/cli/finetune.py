@@ -9,6 +9,8 @@ import math
 import sys
 from pathlib import Path
 
+from peftops._load import cuda_error
+
 from .errors import InputError
 from .job import Settings, encode, fit, lora, prepare, read_texts
 from .model import training_device
@@ -103,7 +105,7 @@ def run(settings: Settings, output: OutputDirectory) -> dict:
     quiet()
     loaded = prepare(settings, texts)
     if torch.cuda.is_available() and training_device().type == "cpu":
-        print("peftops: note: this build has no CUDA kernels, training on the CPU", file=sys.stderr)
+        print(f"peftops: note: training on the CPU, because {cuda_error()}", file=sys.stderr)
     examples = encode(settings, texts, loaded)
     tuned = lora(settings, loaded)
     described = {

@@ -237,12 +237,12 @@ def fit(settings: Settings, examples: Examples, tuned: Tuned, work: Path, checkp
     Raises:
         DivergedError: the loss became NaN or infinite.
     """
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback
 
-    from .training import AdapterTrainer, EpochCheckpoint, PeakMemory, Progress, StepLog, saved_for_backward
+    from .training import AdapterTrainer, EpochCheckpoint, OneDevice, PeakMemory, Progress, StepLog, saved_for_backward
 
     device = training_device()
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(work / "checkpoints"),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,

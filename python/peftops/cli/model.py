@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from peftops._load import cuda_error
+
 from .errors import InputError
 
 
@@ -29,9 +31,8 @@ def first_line(error: BaseException) -> str:
 
 
 def training_device() -> torch.device:
-    """CUDA where there is a GPU and this build has CUDA kernels, else the CPU."""
-    built = torch._C._dispatch_has_kernel_for_dispatch_key("peftops::lora_linear_forward", "CUDA")
-    return torch.device("cuda", 0) if torch.cuda.is_available() and built else torch.device("cpu")
+    """The first GPU where there is one and the CUDA kernels are loaded, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() and cuda_error() is None else torch.device("cpu")
 
 
 def resolve(name: str) -> str:

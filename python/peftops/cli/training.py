@@ -11,12 +11,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .data import LengthGroupedSampler
 from .errors import DivergedError
 
 WEIGHTS_FILE = "trainable.safetensors"
+
+
+class OneDevice(TrainingArguments):
+    """TrainingArguments for one device. With several GPUs in sight Trainer would take DataParallel, which does not copy
+    what a ParameterDict holds: LoRA's factors.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
 
 
 class AdapterTrainer(Trainer):

@@ -35,7 +35,7 @@ class Contract:
         it is what an honest user would write, whose error sets the bound.
     sample_inputs: (device, dtype, seed) -> samples; zero, ragged and strided ones among them.
     error_inputs: (device) -> calls that must be refused.
-    dtypes: activation dtypes the schema takes on the CPU.
+    dtypes: activation dtypes the schema takes on the CPU; :meth:`dtypes_on` says which on another device.
     differentiable: names of the arguments that get gradients; empty where the schema has none.
     mutates: names of the arguments written in place.
     autocast: names of the arguments that autocast casts to its dtype; empty where autocast changes nothing.
@@ -61,6 +61,10 @@ class Contract:
         namespace, name = self.schema.split("::")
         name, _, overload = name.partition(".")
         return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
+
+    def dtypes_on(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        """The activation dtypes the schema takes on `device`: float64 has CPU kernels only."""
+        return tuple(dtype for dtype in self.dtypes if device.type == "cpu" or dtype != torch.float64)
 
 
 CONTRACTS: dict[str, Contract] = {}

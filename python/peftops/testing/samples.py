@@ -86,7 +86,7 @@ def cast(bound: Bound, dtype: torch.dtype) -> Bound:
 
 def clone_layout(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, offset and surroundings in memory: the whole storage is copied."""
-    storage = tensor.detach().untyped_storage().clone()
+    storage = storage_bytes(tensor).untyped_storage()
     copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 

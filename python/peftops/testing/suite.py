@@ -111,8 +111,11 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def plan(contracts: Iterable[Contract]) -> Iterator[tuple[Contract, torch.dtype, Check]]:
-    """Every (contract, dtype, check) that is to be run."""
+_CPU = torch.device("cpu")
+
+
+def plan(contracts: Iterable[Contract], device: torch.device = _CPU) -> Iterator[tuple[Contract, torch.dtype, Check]]:
+    """Every (contract, dtype, check) that is to be run on `device`."""
     for contract in contracts:
         for check in CHECKS.values():
             if not check.applies(contract):
@@ -122,7 +125,8 @@ def plan(contracts: Iterable[Contract]) -> Iterator[tuple[Contract, torch.dtype,
             else:
                 dtypes = tuple(dtype for dtype in contract.dtypes if dtype in check.dtypes) or contract.dtypes[:1]
             for dtype in dtypes:
-                yield contract, dtype, check
+                if dtype in contract.dtypes_on(device):
+                    yield contract, dtype, check
 
 
 def chosen(check: Check, contract: Contract, device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:

@@ -1,0 +1,33 @@
+// Runs CUDA kernels that a C++ compiler made: the threads of a block are fibers of one thread of the host.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+constexpr size_t kArgumentBytes = 1024;  // what is handed to a kernel; its one struct may be smaller
+
+// Runs one launch; what is wrong with it, or an empty text.
+std::string run(const void* kernel, dim3 grid, dim3 block, size_t shared_memory, const void* argument);
+
+// Every launch shuffles its blocks, warps and lanes by this seed and the number of launches since it was set. The first seed is the
+// environment variable PEFTOPS_EMULATOR_SEED, else 0.
+void set_seed(uint64_t seed);
+
+// Demangled name of a function of any library in the process.
+std::string name_of(const void* function);
+
+// For the threads of a kernel: waits until all lanes of the warp have come here, then hands the operands of all to `together`.
+void collective(const char* name, void (*together)(void* const (&operands)[kWarp]), void* operands);
+
+// For `together`: ends the launch with an error.
+[[noreturn]] void fail(const std::string& text);
+
+// Whether the block's shared memory holds these bytes.
+bool in_shared_memory(const void* pointer, size_t bytes);
+
+}  // namespace emulator

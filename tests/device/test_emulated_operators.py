@@ -1,0 +1,244 @@
+"""The oracle kit on device="cuda": peftops' CUDA kernels, compiled by the C++ compiler and run by the emulator."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import peftops  # noqa: F401  (registers operators and contracts)
+import pytest
+import torch
+from peftops.ops import lora_dropout_mask, lora_linear
+from peftops.ops.contract import CONTRACTS
+from peftops.testing import CHECKS, plan, run
+from peftops.testing.dispatch import check_errors, check_samples
+from peftops.testing.gradients import randn_upstream
+from peftops.testing.philox import KNOWN_ANSWERS
+from peftops.testing.samples import bind, floating, fresh, same_bits
+from peftops.testing.suite import Check, chosen
+from peftops.testing.values import check_exact, forward_of, results_of
+
+from tests.device import emulate
+from tests.device.recording import GPUS, Gpu, Runtime
+from tests.device.standin import runs_in
+from tests.gpu import lora
+
+emulated = runs_in("emulator")
+
+CUDA = torch.device("cuda", 0)
+#: With one multiprocessor a plan splits nothing, so each block goes over many tiles.
+DEVICES = {"A100": GPUS["A100"], "one SM": Gpu(86, 1, 99 * 1024)}
+#: Inductor would compile for a GPU.
+LEFT_OUT = ("inductor",)
+#: Samples for checks that go over each of them many times.
+LIMITS = {"gradients": 8, "views": 7, "special": 4, "opcheck": 8}
+#: Checks in which the length of a block's loop matters.
+LOOPS = ("exact", "poison", "gradients")
+SHUFFLES = 4
+RANDOM_CALLS, MOST_ROWS = 60, 300
+
+
+def check_of(name: str) -> Check:
+    return dataclasses.replace(CHECKS[name], limit=LIMITS.get(name, CHECKS[name].limit))
+
+
+PLAN = [
+    (contract.schema, str(dtype), check.name, gpu)
+    for contract, dtype, check in plan(CONTRACTS.values(), CUDA)
+    for gpu in DEVICES
+    if check.name not in LEFT_OUT and (gpu == "A100" or check.name in LOOPS)
+]
+SCHEMAS = pytest.mark.parametrize("schema", CONTRACTS, ids=lambda schema: schema.removeprefix("peftops::"))
+DTYPES = pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16", "torch.float16"])
+
+
+def _name(value: str) -> str:
+    return value.removeprefix("peftops::").removeprefix("torch.").replace(" ", "-")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return getattr(torch, name.removeprefix("torch."))
+
+
+def use(gpu: str, shuffle: int) -> None:
+    """Make all devices such a GPU, and its blocks, warps and lanes run in the order that `shuffle` gives."""
+    Runtime(emulate.device.runtime).set_devices(DEVICES[gpu])
+    emulate.device.set_seed(shuffle)
+
+
+@pytest.mark.parametrize(("schema", "dtype", "check", "gpu"), PLAN, ids=["-".join(map(_name, case)) for case in PLAN])
+@emulated
+def test_contract(schema, dtype, check, gpu, seed):
+    use(gpu, seed)
+    run(check_of(check), CONTRACTS[schema], CUDA, dtype_of(dtype), seed)
+
+
+@SCHEMAS
+@emulated
+def test_errors(schema):
+    check_errors(CONTRACTS[schema], CUDA)
+
+
+@SCHEMAS
+@emulated
+def test_samples(schema, seed):
+    for dtype in CONTRACTS[schema].dtypes_on(CUDA):
+        check_samples(CONTRACTS[schema], CUDA, dtype, seed)
+
+
+@SCHEMAS
+@emulated
+def test_float64_is_refused(schema, seed):
+    contract = CONTRACTS[schema]
+    for sample in contract.sample_inputs(CUDA, torch.float64, seed):
+        if floating(bind(contract, sample)):
+            with pytest.raises(
+                RuntimeError, match=r"has dtype float64, but must be float32, bfloat16 or float16 on CUDA"
+            ):
+                contract.op(*sample.args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_a", "lora_b", "scale", "seed"])
+@pytest.mark.parametrize("place", ["cpu", "cuda:1"])
+@emulated
+def test_an_argument_on_another_device_is_named(name, place):
+    there = {
+        "x": torch.zeros(3, 4, device=CUDA),
+        "weight": torch.zeros(5, 4, device=CUDA),
+        "bias": torch.zeros(5, device=CUDA),
+        "lora_a": torch.zeros(2, 4, device=CUDA),
+        "lora_b": torch.zeros(5, 2, device=CUDA),
+        "scale": torch.ones((), device=CUDA),
+        "dropout_p": 0.5,
+        "seed": torch.zeros(1, dtype=torch.int64, device=CUDA),
+    }
+    lora_linear(**there)
+    with pytest.raises(RuntimeError, match=f"{name} is on another device than x"):
+        lora_linear(**there | {name: there[name].to(place)})
+
+
+@DTYPES
+@pytest.mark.parametrize("gpu", DEVICES)
+@SCHEMAS
+@emulated
+def test_the_order_of_blocks_warps_and_lanes_does_not_change_a_bit(schema, dtype, gpu, seed):
+    contract = CONTRACTS[schema]
+    evaluate = results_of(contract.op, contract, randn_upstream(seed))
+    for sample in chosen(dataclasses.replace(CHECKS["values"], limit=7), contract, CUDA, dtype_of(dtype), seed):
+        results = []
+        for shuffle in range(SHUFFLES):
+            use(gpu, seed + shuffle)
+            results.append(evaluate(fresh(bind(contract, sample))))
+        for other in results[1:]:
+            for index, (a, b) in enumerate(zip(results[0], other, strict=True)):
+                assert a is b or same_bits(a, b), f"sample '{sample.label}': result {index} depends on the order"
+
+
+@pytest.mark.parametrize("gpu", DEVICES)
+@emulated
+def test_random_calls_are_exact_on_integers(gpu, seed):
+    use(gpu, seed)
+    for index in range(RANDOM_CALLS):
+        contract, sample = lora.fuzz(CUDA, seed, index)
+        if sample.args[0].shape[0] > MOST_ROWS:
+            continue
+        try:
+            check_exact(contract, sample, seed)
+        except Exception as error:
+            raise AssertionError(f"call {index}, {sample.label}: {error}") from error
+
+
+@emulated
+def test_work_goes_to_the_tensors_device_and_the_current_one_stays():
+    x, weight, a, b = (torch.randn(size, device="cuda:1") for size in ((9, 20), (11, 20), (3, 20), (11, 3)))
+    x.requires_grad_()
+    runtime = Runtime(emulate.device.runtime)
+    assert runtime.device() == 0
+    y = lora_linear(x, weight, None, a, b)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.device == grad.device == x.device and runtime.device() == 0
+    torch.testing.assert_close(grad, (weight + b @ a).sum(0).expand(9, 20))
+
+
+# ---- scale -----------------------------------------------------------------------------------------------------------
+
+
+def _operands(dtype: torch.dtype, seed: int, rows: int = 70, factor_dtype: torch.dtype | None = None) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((rows, 200), (90, 200), (90,), (5, 200), (90, 5))
+    x, weight, bias, a, b = (torch.randn(size, generator=generator).to(CUDA, dtype) for size in sizes)
+    return [x, weight, bias, *(factor.to(factor_dtype or dtype) for factor in (a, b))]
+
+
+@DTYPES
+@emulated
+def test_tensor_scale_gives_the_bits_of_the_number(dtype, seed):
+    parts = _operands(dtype_of(dtype), seed)
+    key = torch.tensor([3], device=CUDA)
+    for scale, p in ((1.0, 0.0), (0.25, 0.3), (-3.0, 0.5)):
+        results = []
+        for given in (scale, torch.tensor(scale, device=CUDA)):
+            leaves = [t.clone().requires_grad_() for t in parts]
+            y = lora_linear(*leaves, given, p, key)
+            with torch.no_grad():
+                inference = lora_linear(*parts, given, p, key)
+            upstream = torch.ones((), dtype=y.dtype, device=CUDA).expand_as(y)
+            results.append([y, inference, *torch.autograd.grad(y, leaves, upstream)])
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True)), f"scale {scale}, dropout {p}"
+
+
+@DTYPES
+@pytest.mark.parametrize("tensor", [False, True])
+@emulated
+def test_zero_scale_is_the_base_linear(dtype, tensor, seed):
+    x, weight, bias, a, b = _operands(dtype_of(dtype), seed)
+    scale = torch.zeros((), device=CUDA) if tensor else 0.0
+    leaves = [t.requires_grad_() for t in (torch.full_like(a, torch.nan), torch.full_like(b, torch.nan))]
+    base = torch.nn.functional.linear(x, weight, bias)
+    y = lora_linear(x, weight, bias, *leaves, scale, 0.5, torch.tensor([1], device=CUDA))
+    assert same_bits(y, base)
+    assert not any(grad.any() for grad in torch.autograd.grad(y.sum(), leaves))
+    with torch.no_grad():
+        assert same_bits(lora_linear(x, weight, bias, *leaves, scale), base)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@emulated
+def test_mask_known_answer():
+    # counter 0, key 0 is Random123's first vector: columns 0..7 of row 0
+    halves = [half for word in KNOWN_ANSWERS[0][2] for half in (word & 0xFFFF, word >> 16)]
+    key = torch.zeros(1, dtype=torch.int64, device=CUDA)
+    for p in (0.1, 0.5, 0.9):
+        assert lora_dropout_mask(key, 1, 8, p)[0].tolist() == [half >= round(65536 * p) for half in halves]
+
+
+@pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
+@emulated
+def test_mask_has_the_bits_of_the_cpu(key, seed):
+    use("A100", seed)
+    for rows, cols in ((1, 1), (3, 7), (2, 8), (5, 9), (129, 64), (7, 1031)):
+        for p in (0.0, 1e-5, 0.3, 0.5, 0.99999, 1 - 1e-12):
+            there = lora_dropout_mask(torch.tensor([key], device=CUDA), rows, cols, p)
+            assert torch.equal(there.cpu(), lora_dropout_mask(torch.tensor([key]), rows, cols, p)), (rows, cols, p)
+
+
+@DTYPES
+@pytest.mark.parametrize("factors", ["its own", "torch.float32"])
+@pytest.mark.parametrize("gpu", DEVICES)
+@emulated
+def test_forward_saves_the_keep_bits_of_the_cpu(dtype, factors, gpu, seed):
+    use(gpu, seed)
+    dtype = dtype_of(dtype)
+    factor_dtype = dtype if factors == "its own" else torch.float32
+    for rows in (1, 63, 130):
+        parts = _operands(dtype, seed, rows, factor_dtype)
+        key = torch.tensor([seed - 5], device=CUDA)
+        contract = CONTRACTS["peftops::lora_linear_forward"]
+        call = dict(zip(("x", "weight", "bias", "lora_a", "lora_b"), parts, strict=True))
+        call |= {"scale": 1.0, "tensor_scale": None, "dropout_p": 0.3, "seed": key}
+        there = forward_of(contract.op, contract)(call)[2]
+        here = forward_of(contract.op, contract)(
+            {n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in call.items()}
+        )[2]
+        assert torch.equal(there.cpu(), here), f"{rows} rows"
