@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <limits>
+#include <type_traits>
 
 #include "check.h"
 #include "device.h"
@@ -39,6 +40,8 @@ class Launcher {
   // Every kernel takes one struct.
   template <class Task>
   void operator()(void (*kernel)(Task), Grid grid, int threads, int64_t shared_memory, const Task& task) const {
+    // The emulator of the tests does not know the type: it passes the struct as a caller would, in memory.
+    static_assert(std::is_trivially_copyable_v<Task> && sizeof(Task) > 16 && sizeof(Task) <= 1024);
     PEFTOPS_CHECK(
         grid.x > 0 && grid.x <= std::numeric_limits<int32_t>::max() && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535, op_,
         ": a grid of ", grid.x, " x ", grid.y, " x ", grid.z, " blocks is more than CUDA launches");

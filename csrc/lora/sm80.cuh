@@ -27,11 +27,11 @@ PEFTOPS_DEVICE int warp() { return static_cast<int>(threadIdx.x) / 32; }
 // ---- chunks ----------------------------------------------------------------------------------------------------------
 
 template <class T>
-struct Chunk {
+struct alignas(16) Chunk {
   uint32_t pair[4];
 };
 template <>
-struct Chunk<float> {
+struct alignas(16) Chunk<float> {
   float value[8];
 };
 

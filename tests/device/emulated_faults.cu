@@ -90,13 +90,34 @@ __global__ void missing_second_barrier(const Task task) {
   }
 }
 
-// Every warp has its own scratch memory, or `planted` all have the same, between two barriers.
+// Every warp has its own scratch memory, or `planted` all have the same, in each of eight rounds.
 __global__ void shared_scratch(const Task task) {
   float* const scratch = shared_floats() + (task.planted ? thread() % 32 : thread());
-  *scratch = static_cast<const float*>(task.a)[thread()];
-  float zero = 0.0f;
-  for (int i = 0; i < 8; ++i) zero = __shfl_xor_sync(0xffffffffu, zero, 1);
-  static_cast<float*>(task.out)[thread()] = *scratch + zero;
+  float sum = 0.0f;
+  for (int round = 0; round < 8; ++round) {
+    __syncthreads();
+    *scratch = static_cast<const float*>(task.a)[thread()];
+    float zero = 0.0f;
+    for (int i = 0; i < 8; ++i) zero = __shfl_xor_sync(0xffffffffu, zero, 1);
+    sum += *scratch + zero;
+  }
+  static_cast<float*>(task.out)[thread()] = sum / 8;
+}
+
+// The sum of two tiles that lie in one buffer one after the other. Each is read first, long before the next is stored: `planted`, only
+// that keeps them apart.
+__global__ void overwritten_tile(const Task task) {
+  const int threads = static_cast<int>(blockDim.x);
+  float sum = 0.0f;
+  for (int tile = 0; tile < 2; ++tile) {
+    shared_floats()[thread()] = static_cast<const float*>(task.a)[tile * threads + thread()];
+    __syncthreads();
+    float value = shared_floats()[(thread() + 32) % threads];
+    for (int i = 0; i < 64; ++i) value = __shfl_xor_sync(0xffffffffu, value, 1);
+    sum += value;
+    if (!task.planted) __syncthreads();
+  }
+  static_cast<float*>(task.out)[thread()] = sum;
 }
 
 __global__ void uninitialised_shared_memory(const Task task) {
@@ -212,6 +233,7 @@ constexpr Named kKernels[] = {
     {"missing_barrier", missing_barrier},
     {"missing_second_barrier", missing_second_barrier},
     {"shared_scratch", shared_scratch},
+    {"overwritten_tile", overwritten_tile},
     {"uninitialised_shared_memory", uninitialised_shared_memory},
     {"read_past_shared_memory", read_past_shared_memory},
     {"write_past_shared_memory", write_past_shared_memory},

@@ -213,13 +213,15 @@ void run_block(Random& random) {
   for (bool more = true; more;) {
     ready.resize((threads + kWarp - 1) / kWarp);
     std::iota(ready.begin(), ready.end(), 0);
+    // Half the time a warp runs up to the next barrier before another begins, as far ahead as it can be; else they take turns.
+    const bool turns = random() % 2 == 0;
     while (!ready.empty()) {
-      // One warp runs far ahead of the others for a while: what it should have waited for is then not there yet.
       const size_t at = random() % ready.size();
       const size_t first = ready[at] * kWarp;
-      bool ahead = true;
-      while (ahead && random() % 8 != 0)
+      bool ahead;
+      do {
         ahead = run_warp(&fibers[first], static_cast<int>(std::min<size_t>(kWarp, threads - first)), random);
+      } while (ahead && !(turns && random() % 8 == 0));
       if (!ahead) ready.erase(ready.begin() + static_cast<ptrdiff_t>(at));
     }
     for (const Fiber& fiber : fibers)
