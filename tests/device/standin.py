@@ -162,7 +162,7 @@ def emulated_library(name: str, sources: list[Path], headers: list[Path]) -> Pat
 def program(source: Path) -> Path:
     """A program of the host that uses headers of CUDA, CUTLASS and csrc."""
     flags = ["-std=c++17", "-O1", "-w", "-I", str(CSRC), "-isystem", str(cutlass_include()), *cuda_includes()]
-    key = hash_of([source, *CSRC.rglob("*.h")], COMPILER, *flags)
+    key = hash_of([source, *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")], COMPILER, *flags)
     return make(BUILD / f"program-{key}" / source.stem, [COMPILER, *flags, str(source)])
 
 

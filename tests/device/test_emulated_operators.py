@@ -147,6 +147,35 @@ def test_random_calls_are_exact_on_integers(gpu, seed):
             raise AssertionError(f"call {index}, {sample.label}: {error}") from error
 
 
+@DTYPES
+@pytest.mark.parametrize("factors", ["its own", "torch.float32"])
+@emulated
+def test_rows_of_any_alignment_give_the_same_bits(dtype, factors, seed):
+    """Kernels read rows in chunks of 16 bytes: start, stride and length of the rows decide whether they may."""
+    dtype, parts = dtype_of(dtype), {}
+    generator = torch.Generator().manual_seed(seed)
+    for name, size in {"x": (70, 48), "lora_a": (24, 48), "lora_b": (40, 24), "upstream": (70, 40)}.items():
+        wide = factors != "its own" and name.startswith("lora")
+        parts[name] = torch.randn(size, generator=generator).to(CUDA, torch.float32 if wide else dtype)
+
+    def evaluate(offset: int, gap: int) -> list:
+        def laid_out(t: torch.Tensor) -> torch.Tensor:
+            memory = torch.full((offset + len(t) * (t.shape[1] + gap),), torch.nan, dtype=t.dtype, device=CUDA)
+            return memory.as_strided(t.shape, (t.shape[1] + gap, 1), offset).copy_(t)
+
+        x, a, b, upstream = map(laid_out, parts.values())
+        leaves = [t.requires_grad_() for t in (x, a, b)]
+        # Without the vendor GEMM's part, which may sum another layout in another order.
+        y = lora_linear(x, torch.zeros(40, 48, dtype=dtype, device=CUDA), None, a, b, 0.5)
+        return [y, *torch.autograd.grad(y, leaves, upstream)]
+
+    dense = evaluate(0, 0)
+    for offset in (0, 1, 4, 8):
+        for gap in (0, 1, 4, 8):
+            for index, (a, b) in enumerate(zip(dense, evaluate(offset, gap), strict=True)):
+                assert same_bits(a, b), f"result {index} with rows {gap} apart from {offset} on"
+
+
 @emulated
 def test_work_goes_to_the_tensors_device_and_the_current_one_stays():
     x, weight, a, b = (torch.randn(size, device="cuda:1") for size in ((9, 20), (11, 20), (3, 20), (11, 3)))

@@ -1,4 +1,4 @@
-"""The emulator's instructions against another authority than our reading of the PTX ISA: the layouts that CUTLASS uses."""
+"""The emulator's instructions against another authority than our reading of the PTX ISA: the layouts of CUTLASS."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,19 +22,8 @@ LINE = 64
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory) -> list[dict]:
-    program = tmp_path_factory.mktemp("layouts") / "layouts"
-    includes = [f"-I{standin.CSRC}", "-isystem", str(standin.cutlass_include()), *standin.cuda_includes()]
-    command = [
-        standin.COMPILER,
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-Wno-unused-function",
-        *includes,
-    ]
-    subprocess.run([*command, str(Path(__file__).with_name("layouts.cpp")), "-o", str(program)], check=True)
+def printed() -> list[dict]:
+    program = standin.program(standin.HERE / "layouts.cpp")
     done = subprocess.run([program], check=True, capture_output=True, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -27,7 +27,7 @@ BUDGET = 520.0
 TOOLS: dict[str, tuple[str, ...]] = {
     "memcheck": ("--kernel-name", "kns=peftops", "--report-api-errors", "no"),
     "synccheck": ("--kernel-name", "kns=peftops"),
-    "initcheck": ("--report-api-errors", "no"),
+    "initcheck": (),
     "racecheck": ("--kernel-name", "kns=peftops"),
 }
 PLANTED = ("memcheck", "initcheck")
