@@ -19,23 +19,23 @@ ERROR = """========= COMPUTE-SANITIZER
 =========     by thread (32,0,0) in block (0,0,0)
 =========     Access at 0x7f0000000100 is out of bounds
 =========         Host Frame: void peftops::lora::launch(...) [0x1234] in libpeftops_cuda.so
-=========
+=========\x20
 ========= ERROR SUMMARY: 1 error
-"""  # noqa: W291
+"""
 VENDOR = """========= COMPUTE-SANITIZER
 ========= Uninitialized __global__ memory read of size 4 bytes
 =========     at nvjet_tst_128x64_64x8_1x2_h_bz_TNT+0x40
 =========     by thread (0,0,0) in block (0,0,0)
 =========         Host Frame: peftops::lora::forward(...) [0x99] in libpeftops_cuda.so
-=========
+=========\x20
 ========= ERROR SUMMARY: 1 error
-"""  # noqa: W291
+"""
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 RACE = """========= Error: Race reported between Write access at void peftops::lora::shrink<float>(Task)+0x80
 =========     and Read access at void peftops::lora::shrink<float>(Task)+0x120 [64 hazards]
-=========
+=========\x20
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
-"""  # noqa: W291
+"""
 REFUSED = "========= Error: Device not supported. Please refer to the documentation\n"
 
 # The stand-in runs what it is given, then writes the log that stands for the tool (and for a planted fault) and returns
