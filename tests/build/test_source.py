@@ -91,6 +91,14 @@ RULES = {
     "threads are those of torch": Rule(
         r"std::(j?thread|async)\b|#pragma omp|\bomp_|\bpthread_", "std::thread worker([] {});"
     ),
+    "one Philox for CPU and CUDA": Rule(
+        r"(?i)0x(D2511F53|CD9E8D57|9E3779B9|BB67AE85)", "key += 0x9E3779B9u;", only_in("common/philox.h")
+    ),
+    "one conversion of 16-bit floats for CPU and CUDA": Rule(
+        r"\b(float16|bfloat16) to_(float16|bfloat16)\(|\bfloat to_float\(",
+        "bfloat16 to_bfloat16(float value) {",
+        only_in("common/numeric.h"),
+    ),
     "no unstable torch header": Rule(
         r'#include [<"](?!torch/csrc/(stable|inductor/aoti_torch)/|torch/headeronly/)(torch|ATen|c10|caffe2)/',
         "#include <ATen/ATen.h>",
@@ -120,28 +128,37 @@ def test_rule_bites(name):
     assert not violations(rule, {"lora/cuda.cu": f"// {rule.bad}"})
 
 
-def headers_with_torch(files: Mapping[str, str]) -> dict[str, list[str]]:
-    """Device headers (*.cuh) that include torch, by themselves or through another header: path -> torch's headers."""
-
-    def included(path: str, seen: set[str]) -> set[str]:
-        found = set()
-        for _, line in code(files.get(path, "")):
+def included(files: Mapping[str, str], path: str) -> set[str]:
+    """What a file of csrc includes, also through other files of csrc, which are named by their paths in csrc."""
+    found, open_ends = set(), [path]
+    while open_ends:
+        where = open_ends.pop()
+        for _, line in code(files.get(where, "")):
             if match := re.match(r'\s*#\s*include\s*([<"])([^>"]+)[>"]', line):
                 name = match.group(2)
-                own = (
-                    str((CSRC / path).parent.joinpath(name).resolve().relative_to(CSRC))
-                    if match.group(1) == '"'
-                    else ""
-                )
-                if own in files and own not in seen:
-                    seen.add(own)
-                    found |= included(own, seen)
-                elif re.match("torch/|ATen/|c10/", name):
+                if match.group(1) == '"':
+                    name = str((CSRC / where).parent.joinpath(name).resolve().relative_to(CSRC))
+                if name not in found:
                     found.add(name)
-        return found
+                    open_ends.append(name)
+    return found
 
-    every = {path: sorted(included(path, {path})) for path in files if path.endswith(".cuh")}
+
+def headers_with_torch(files: Mapping[str, str]) -> dict[str, list[str]]:
+    """Device headers (*.cuh) that include torch, by themselves or through another header: path -> torch's headers."""
+    every = {
+        path: sorted(name for name in included(files, path) if re.match("torch/|ATen/|c10/", name))
+        for path in files
+        if path.endswith(".cuh")
+    }
     return {path: headers for path, headers in every.items() if headers}
+
+
+@pytest.mark.parametrize("source", ["lora/cpu_kernels.cpp", "lora/sm80.cuh"])
+def test_cpu_and_cuda_kernels_share_their_arithmetic(source):
+    """So a test of it on the CPU is one of the device's, and no second copy may stand anywhere (the rules above)."""
+    shared = {"common/index.h", "common/numeric.h", "common/philox.h"}
+    assert shared <= included(native_files(), source)
 
 
 def test_device_headers_know_no_torch():
