@@ -18,7 +18,7 @@ from peftops.testing.suite import Check, chosen
 from peftops.testing.values import check_exact, forward_of, results_of
 
 from tests.device import emulate
-from tests.device.recording import GPUS, Gpu, Runtime
+from tests.device.recording import GPUS, LAUNCHES, Gpu, Runtime
 from tests.device.standin import runs_in
 from tests.gpu import lora
 
@@ -182,8 +182,10 @@ def test_work_goes_to_the_tensors_device_and_the_current_one_stays():
     x.requires_grad_()
     runtime = Runtime(emulate.device.runtime)
     assert runtime.device() == 0
-    y = lora_linear(x, weight, None, a, b)
-    (grad,) = torch.autograd.grad(y.sum(), x)
+    with runtime.recorded() as calls:
+        y = lora_linear(x, weight, None, a, b)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+    assert {call.device for call in calls if call.name in LAUNCHES} == {1}
     assert y.device == grad.device == x.device and runtime.device() == 0
     torch.testing.assert_close(grad, (weight + b @ a).sum(0).expand(9, 20))
 
