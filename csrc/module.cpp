@@ -67,7 +67,6 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("split", &lora::GradientPlan::split)
       .def_readonly("shared_memory", &lora::GradientPlan::shared_memory);
   m.def("lora_refuse_shrink", &lora::refuse_shrink, "Why a device cannot run a candidate; None if it can.");
-  m.def("lora_plan_split", &lora::plan_split);
   m.def("lora_plan_shrink", &lora::plan_shrink);
   m.def("lora_plan_expand", &lora::plan_expand);
   m.def("lora_plan_gradient", &lora::plan_gradient);

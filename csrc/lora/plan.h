@@ -40,21 +40,25 @@ constexpr int kShrinkRanks[] = {16, 64, 128};  // ranks of a tile: candidates
 constexpr int kGradientRanks[] = {16, 64};
 constexpr int kDeltaStride = kGpuTile + 8;  // float32 between rows of the up-projection: two lanes of a half warp share no bank
 constexpr int64_t kBlocksPerSm = 4;             // enough loads in flight to fill the memory's latency
-constexpr int64_t kMaxSplits = 16;              // of a contraction; each split writes its own float32 sums
+constexpr int64_t kFillingSplits = 16;          // of a contraction, to fill the device; each split writes its own float32 sums
+constexpr int64_t kMaxSplits = 64;              // and to keep its sums accurate
+constexpr int64_t kMaxRun = 2048;               // products in one float32 sum, whose rounding grows with them; 16-bit results hide it
 constexpr int64_t kMaxColumnsPerBlock = 1024;   // of the up-projection, which loads its ranks once per block
 constexpr int64_t kMaxGridY = 65535;
 
 constexpr int64_t at_least(int64_t value, int64_t least) { return value < least ? least : value; }
 
-// Parts of a contraction: as many as fill the device where `blocks` blocks work on each, none empty, whole tiles long.
+// Parts of a contraction, none empty, whole tiles long: as many as fill the device where `blocks` blocks work on each, and in float32
+// as many as keep its sums short.
 struct Split {
   int64_t count, length;
 };
 
-inline Split plan_split(int64_t length, int64_t blocks, const Device& device) {
+inline Split plan_split(int64_t length, int64_t blocks, int element_bytes, const Device& device) {
   const int64_t tiles = at_least(ceil_div(length, kGpuTile), 1);
-  const int64_t wanted = min_of(min_of(kMaxSplits, tiles), at_least(kBlocksPerSm * device.sm_count / at_least(blocks, 1), 1));
-  const int64_t each = ceil_div(tiles, wanted);
+  const int64_t filling = min_of(kFillingSplits, at_least(kBlocksPerSm * device.sm_count / at_least(blocks, 1), 1));
+  const int64_t accurate = element_bytes == 2 ? 1 : min_of(kMaxSplits, ceil_div(length, kMaxRun));
+  const int64_t each = ceil_div(tiles, min_of(at_least(filling, accurate), tiles));
   return {ceil_div(tiles, each), each * kGpuTile};
 }
 
@@ -93,7 +97,7 @@ inline ShrinkPlan plan_shrink(int64_t rows, int64_t depth, int64_t rank, bool do
     plan.candidate = candidate, plan.rank_blocks = blocks, plan.shared_memory = shrink_memory(ranks, down, element_bytes);
   }
   plan.row_blocks = ceil_div(rows, kGpuTile);
-  plan.split = plan_split(depth, plan.row_blocks * plan.rank_blocks, device);
+  plan.split = plan_split(depth, plan.row_blocks * plan.rank_blocks, element_bytes, device);
   return plan;
 }
 
@@ -126,7 +130,7 @@ inline GradientPlan plan_gradient(int64_t rows, int64_t features, int64_t rank, 
   const int ranks = kGradientRanks[plan.candidate], block = element_bytes == 2 ? 2 * kGpuTile : kGpuTile;
   plan.feature_blocks = ceil_div(features, block);
   plan.rank_blocks = ceil_div(rank, ranks);
-  plan.split = plan_split(rows, plan.feature_blocks * plan.rank_blocks, device);
+  plan.split = plan_split(rows, plan.feature_blocks * plan.rank_blocks, element_bytes, device);
   plan.shared_memory = 2 * int64_t{kGpuTile * block + factor_tile_elements(ranks, true)} * element_bytes;
   return plan;
 }

@@ -41,7 +41,8 @@ DEVICES = {
     for (sm, kib), count in product(SHARED_MEMORY.items(), SM_COUNTS)
 }
 ELEMENT_BYTES = (2, 4)  # on tensor cores, in float32
-TILE, WAVES, MAX_SPLITS = _C.lora_tile, 4, 16
+TILE, WAVES, FILLING_SPLITS = _C.lora_tile, 4, 16
+MAX_SPLITS, RUN = 64, 2048  # for the accuracy of float32 sums
 
 CORNERS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 4095, 4096, 11008, 2**31 - 1, 2**31, 2**31 + 1, 3 * 10**9]
 devices = st.sampled_from(sorted(DEVICES))
@@ -66,12 +67,15 @@ def assert_covers(total: int, count: int, length: int) -> None:
     assert (count - 1) * length < total <= count * length or total == 0 and count <= 1
 
 
-def assert_split(split, total: int, others: int, sm_count: int) -> None:
-    """Whole tiles, nothing empty, and no more blocks than fill the device; a device that is full is not split."""
+def assert_split(split, total: int, others: int, element_bytes: int, sm_count: int) -> None:
+    """Whole tiles, nothing empty, and no more blocks than fill the device, unless float32 sums would run too long."""
     assert_covers(total, split.count, split.length)
     assert split.length % TILE == 0
-    assert 1 <= split.count <= MAX_SPLITS
-    assert split.count * others <= WAVES * sm_count or split.count == 1
+    accurate = 1 if element_bytes == 2 else min(MAX_SPLITS, max(1, blocks(total, RUN)))
+    assert 1 <= split.count <= max(FILLING_SPLITS, accurate)
+    assert split.count <= accurate or split.count * others <= WAVES * sm_count
+    if accurate < MAX_SPLITS and element_bytes == 4:
+        assert split.length <= RUN
 
 
 def assert_grid(x: int, y: int, z: int = 1) -> None:
@@ -93,7 +97,7 @@ def test_shrink(rows, depth, rank, down, element_bytes, name):
     assert_covers(rows, plan.row_blocks, TILE)
     assert_covers(rank, plan.rank_blocks, width)
     assert plan.rank_blocks >= 1, "a mask is drawn for rank 0, too"
-    assert_split(plan.split, depth, plan.row_blocks * plan.rank_blocks, int(name.partition("-")[2]))
+    assert_split(plan.split, depth, plan.row_blocks * plan.rank_blocks, element_bytes, int(name.partition("-")[2]))
     assert 0 < plan.shared_memory <= limit_of(name)
     assert_grid(plan.row_blocks, plan.split.count, plan.rank_blocks)
 
@@ -144,7 +148,7 @@ def test_gradient(rows, features, rank, element_bytes, name):
     width = _C.lora_gradient_ranks[plan.candidate]
     assert_covers(features, plan.feature_blocks, gradient_features(element_bytes))
     assert_covers(rank, plan.rank_blocks, width)
-    assert_split(plan.split, rows, plan.feature_blocks * plan.rank_blocks, int(name.partition("-")[2]))
+    assert_split(plan.split, rows, plan.feature_blocks * plan.rank_blocks, element_bytes, int(name.partition("-")[2]))
     assert 0 < plan.shared_memory <= limit_of(name)
     assert_grid(plan.feature_blocks, plan.split.count, plan.rank_blocks)
 
@@ -217,12 +221,14 @@ def test_gradient_adds_every_product_once(rows, features, rank, element_bytes, n
 
 
 # Worked by hand from plan.h's rules: a full device (4 blocks per multiprocessor) is not split, an empty one is, up to
-# 16 parts of whole tiles.
+# 16 parts of whole tiles; a float32 sum of more than 2048 products is split on any device.
 TABLE = [
     # rows, depth, rank, down, bytes, device -> ranks of a tile, row blocks, rank blocks, splits, length of a split
     ((4096, 4096, 16, False, 2, "sm90-132"), (16, 64, 1, 8, 512)),
     ((1, 4096, 16, False, 2, "sm90-132"), (16, 1, 1, 16, 256)),
     ((65536, 4096, 16, False, 2, "sm90-132"), (16, 1024, 1, 1, 4096)),
+    ((65536, 4096, 16, False, 4, "sm90-132"), (16, 1024, 1, 2, 2048)),
+    ((1, 3 * 10**9, 16, False, 4, "sm90-132"), (16, 1, 1, 64, 46_875_008)),
     ((4096, 4096, 64, False, 2, "sm80-108"), (64, 64, 1, 6, 704)),
     ((4096, 4096, 128, False, 2, "sm86-68"), (128, 64, 1, 4, 1024)),
     ((4096, 4096, 128, False, 4, "sm86-68"), (64, 64, 2, 2, 2048)),
