@@ -46,6 +46,15 @@ def seed(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--peftops-seed")
 
 
+@pytest.fixture
+def one_thread():
+    """Torch uses one thread: many small calls are faster so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     found = waivers(LEDGER, [item.nodeid for item in items], BACKEND)
     for item in items:

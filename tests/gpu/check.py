@@ -110,12 +110,7 @@ def run(args: argparse.Namespace) -> int:
     differs = record.library_differs() if args.device == "cuda" else None
     made = record.of_check(facts, results, args.seed, args.fuzz, seconds, differs)
     print(table(made))
-    output = args.output
-    if output is None and args.part is None and args.device == "cuda":
-        output = record.RESULTS / f"gpu-check-{device.slug}.json"
-    if output is not None:
-        record.harness.write(output, made)
-        print(f"written to {output}")
+    record.save(made, device, args.output, args.part is None and args.device == "cuda")
     return 0 if made["passed"] else 1
 
 

@@ -41,6 +41,15 @@ def unfit(kind: str) -> str | None:
     return _load.cuda_error() if kind == "cuda" else None
 
 
+def save(made: dict, device: harness.Device, output: Path | None, whole: bool) -> None:
+    """Write a record where it was asked for; that of a whole run on a GPU without being asked, into bench/results."""
+    if output is None and whole:
+        output = RESULTS / f"{made['family']}-{device.slug}.json"
+    if output is not None:
+        harness.write(output, made)
+        print(f"written to {output}")
+
+
 def library_differs() -> str | None:
     """How the CUDA library at hand differs from kernels.txt, whose hashes a record takes over; None where it does not.
 

@@ -142,12 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "passed": passed(tools),
         "tools": tools,
     }
-    output = args.output
-    if output is None and args.tool is None and args.device == "cuda":
-        output = record.RESULTS / f"gpu-sanitize-{device.slug}.json"
-    if output is not None:
-        record.harness.write(output, made)
-        print(f"written to {output}")
+    record.save(made, device, args.output, args.tool is None and args.device == "cuda")
     print("passed" if made["passed"] else "FAILED" if sanitizer else "nothing could be checked")
     return 0 if made["passed"] else 1
 

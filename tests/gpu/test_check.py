@@ -23,13 +23,7 @@ from tests.testing import faults
 ROOT = record.ROOT
 LINEAR = "lora_linear-bfloat16"
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(part, name: str, device: Rehearsal | None = None) -> object:
@@ -226,8 +220,8 @@ def test_without_time_nothing_passes(tmp_path):
     assert not json.loads(path.read_text())["passed"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_so():
+def test_without_a_gpu_one_line_says_so(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = gpu_check()
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "gpu-check: torch sees no GPU\n"

@@ -16,17 +16,11 @@ CPU = torch.device("cpu")
 PLAN = list(plan(CONTRACTS.values(), CPU))
 FROZEN = Path(__file__).parent / "schemas.txt"
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _short(value) -> str:
     return str(value).removeprefix("peftops::").removeprefix("torch.")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

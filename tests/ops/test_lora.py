@@ -27,13 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = st.sampled_from([0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 97])
 RANKS = st.sampled_from([1, 2, 3, 4, 8, 11, 16, 17, 64])
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def operands(m, k, n, r, dtype=torch.float32, factor_dtype=None, bias=True, seed=0, lead=None):
