@@ -180,7 +180,8 @@ def test_contenders_of_any_rank_and_shape_agree_with_the_law(rank):
     assert [c.name for c in contenders] == [BASE, OURS, PEFT, OURS_FP32, PEFT_FP32]
     assert max(c.check() for c in contenders) > 0
     layer = lora_contenders.peftops_layer(lora_contenders.shell(problem.weight()), 0.0, None, rank)
-    assert layer.rank == rank and layer.scaling == lora_contenders.SCALE
+    adapter = layer.adapters["default"]
+    assert adapter.rank == rank and adapter.scaling == lora_contenders.SCALE
 
 
 def test_without_a_gpu_one_line_says_so():

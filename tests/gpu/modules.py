@@ -21,7 +21,7 @@ def layer(device: torch.device, dtype: torch.dtype, factors: torch.dtype | None 
         torch.nn.Linear(96, 80).to(device, dtype), rank=8, alpha=16, dropout=dropout, adapter_dtype=factors
     )
     with torch.no_grad():
-        for factor in made.lora_b.values():
+        for factor in made.lora_b.parameters():
             factor.copy_(torch.randn(factor.shape) / 3)
     return made
 
@@ -87,7 +87,7 @@ def compiled(device: Cuda | Rehearsal) -> None:
     _same(_step(fast, x), _step(module, x), "torch.compile")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for scale in (0.5, 0.0, -2.0):
-            module.lora_scale = torch.full_like(module.lora_scale, scale)
+            module.set_active({"default": scale})
             _same(_step(fast, x), _step(module, x), f"torch.compile with scale {scale}")
     torch._dynamo.reset()
 

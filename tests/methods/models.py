@@ -28,23 +28,38 @@ class Block(nn.Module):
         return self.head(x)
 
 
+_DECODER = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2}
+_ENCODER = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+_VISION |= {"image_size": 8, "patch_size": 4}
+
+
 def llama(**options):
-    config = transformers.LlamaConfig(
-        vocab_size=60,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **options,
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, intermediate_size=24, **heads, **options))
+
+
+def qwen2(tie_word_embeddings=True):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**_DECODER, intermediate_size=24, **heads, tie_word_embeddings=tie_word_embeddings)
     )
-    return transformers.LlamaForCausalLM(config)
+
+
+def mistral():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**_DECODER, intermediate_size=24, **heads))
 
 
 def gpt2():
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     )
+
+
+def opt():
+    sizes = {"ffn_dim": 24, "num_attention_heads": 2, "max_position_embeddings": 32, "word_embed_proj_dim": 16}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**_DECODER, **sizes))
 
 
 def bert():
@@ -56,19 +71,54 @@ def roberta():
 
 
 def _bert(config):
-    return config(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=40,
-        num_labels=3,
-        pad_token_id=0,
+    return config(**_ENCODER, intermediate_size=24, max_position_embeddings=40, num_labels=3, pad_token_id=0)
+
+
+def t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=60, **sizes, decoder_start_token_id=0)
     )
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "roberta": roberta}
+def bart():
+    both = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+    sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in both.items()}
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=60, d_model=16, **sizes, max_position_embeddings=32, pad_token_id=0)
+    )
+
+
+def vit():
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**_VISION, num_labels=3))
+
+
+def clip():
+    text = {**_ENCODER, "num_hidden_layers": 1, "intermediate_size": 24, "max_position_embeddings": 32}
+    return transformers.CLIPModel(
+        transformers.CLIPConfig({**text, "bos_token_id": 0, "eos_token_id": 1}, _VISION, projection_dim=8)
+    )
+
+
+MODELS = {make.__name__: make for make in (llama, gpt2, bert, roberta)}
+FAMILIES = MODELS | {make.__name__: make for make in (qwen2, mistral, opt, t5, bart, vit, clip)}
+
+
+def inputs(model):
+    """Keyword arguments for a call of `model`."""
+    pixels, ids = {"pixel_values": torch.randn(3, 3, 8, 8)}, {"input_ids": tokens()}
+    kind = type(model).__name__
+    if kind.startswith("ViT"):
+        return pixels
+    if kind.startswith("CLIP"):
+        return {**ids, **pixels}
+    return {**ids, "decoder_input_ids": tokens()} if kind.startswith(("T5", "Bart")) else ids
+
+
+def outputs(model, arguments):
+    """What `model` returns for `inputs`, as one tensor."""
+    result = model(**arguments)
+    return result.logits if "logits" in result else torch.cat([result.text_embeds, result.image_embeds])
 
 
 def tokens(rows=3, length=9):

@@ -8,15 +8,16 @@ import sys
 
 import pytest
 import torch
-from peftops.methods import LoRA, attach, load
+from peftops.methods import attach, load
 from peftops.methods import files as adapter_files
+from peftops.methods.peft_config import DEFAULTS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .adapters import CONFIG, METHOD, TENSORS, assert_refused, edit, save_block
 from .models import Block, randomise, tokens
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-METHOD = LoRA(rank=3, alpha=5, dropout=0.1, target_modules=["q_proj", "up"], modules_to_save=["head"])
+pytestmark = pytest.mark.filterwarnings("ignore:.*trained on another base model")
 
 
 @pytest.fixture(autouse=True)
@@ -26,16 +27,7 @@ def seeded():
 
 @pytest.fixture
 def saved(tmp_path):
-    tuning = attach(Block(), METHOD)
-    randomise(tuning)
-    tuning.save(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def edit(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text())
-    config.update(changes)
-    (folder / CONFIG).write_text(json.dumps(config))
+    return save_block(tmp_path / "adapter")
 
 
 # ---- round trips -----------------------------------------------------------------------------------------------------
@@ -50,13 +42,8 @@ def test_what_is_written(saved):
     config = json.loads((saved / CONFIG).read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["lora_dropout"]) == ("LORA", 3, 5, 0.1)
     assert (config["target_modules"], config["modules_to_save"]) == (["q_proj", "up"], ["head"])
+    assert [key for key in config if key not in DEFAULTS] == ["peftops_base_fingerprint"]
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG, TENSORS]
-
-
-def test_all_linear_is_written_as_full_names(tmp_path):
-    attach(Block(), LoRA()).save(tmp_path)
-    names = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
-    assert names == [*(f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "up", "down")), "head"]
 
 
 def test_training_resumes_to_the_bit(tmp_path):
@@ -101,13 +88,6 @@ def test_save_of_a_merged_adapter_and_over_an_older_one(saved):
     assert all(torch.equal(tensor, before[key]) for key, tensor in load_file(saved / TENSORS).items())
 
 
-def test_a_sufficient_config_is_enough(saved):
-    keep = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save")
-    config = json.loads((saved / CONFIG).read_text())
-    (saved / CONFIG).write_text(json.dumps({key: config[key] for key in keep}))
-    assert load(Block(), saved).method.dropout == 0
-
-
 def test_interrupted_writing_leaves_the_old_files_and_nothing_else(saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     tuning = load(Block(), saved, trainable=True)
@@ -138,108 +118,6 @@ def test_without_safetensors_the_error_names_the_package(saved, monkeypatch):
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
-ACTIVE_KEYS = {
-    "use_dora": True,
-    "bias": "lora_only",
-    "lora_bias": True,
-    "use_bdlora": {"blocks": 2},
-    "use_qalora": True,
-    "arrow_config": {"top_k": 3},
-    "target_parameters": ["experts.weight"],
-    "trainable_token_indices": [1, 2],
-    "layers_to_transform": [0],
-    "layer_replication": [[0, 1]],
-    "exclude_modules": ["down"],
-    "init_lora_weights": "pissa_niter_16",
-    "loftq_config": {"loftq_bits": 4},
-    "alora_invocation_tokens": [5],
-    "megatron_config": {"a": 1},
-    "a_key_of_the_future": "on",
-}
-
-
-@pytest.mark.parametrize("key", ACTIVE_KEYS)
-def test_an_active_key_that_is_not_supported_is_named(key, saved):
-    edit(saved, **{key: ACTIVE_KEYS[key]})
-    assert_refused(saved, ValueError, rf"{saved.name}: {key} is .* not supported")
-
-
-def test_keys_that_are_off_or_ours_are_accepted(saved):
-    edit(saved, a_key_of_the_future=False, another=None, peftops_note="x", qalora_group_size=32, peft_version="0.7.0")
-    load(Block(), saved)
-
-
-BAD_CONFIGS = [
-    ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA', but only 'LORA' is supported"),
-    ({"peft_type": None}, "peft_type is None"),
-    ({"r": "8"}, "rank is '8'"),
-    ({"r": float("nan")}, "rank is nan"),
-    ({"r": 10**12}, "wrong shape"),
-    ({"lora_alpha": float("inf")}, "alpha is inf"),
-    ({"lora_dropout": 2}, "dropout is 2"),
-    ({"target_modules": None}, "target_modules is missing"),
-    ({"target_modules": "(("}, "no regular expression"),
-    ({"target_modules": 5}, "target_modules is 5"),
-    ({"target_modules": ["../../etc"]}, "chooses no layer"),
-    ({"target_modules": ["__class__"]}, "chooses no layer"),
-    ({"target_modules": ["embed"]}, "embed: Embedding is neither"),
-    ({"rank_pattern": [1]}, r"rank_pattern is \[1\]"),
-    ({"rank_pattern": {"(": 1}}, "rank_pattern is .* no regular expression"),
-    ({"rank_pattern": {"up": -1}}, "rank is -1"),
-    ({"alpha_pattern": {"up": "x"}}, "alpha is 'x'"),
-    ({"modules_to_save": "head"}, "modules_to_save is 'head'"),
-]
-
-
-@pytest.mark.parametrize("changes, match", BAD_CONFIGS)
-def test_bad_configurations_are_named(changes, match, saved):
-    edit(saved, **changes)
-    assert_refused(saved, (ValueError, TypeError), match)
-
-
-def assert_refused(folder, error, match):
-    """Loading fails, and the model is untouched."""
-    model = Block()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(error, match=match):
-        load(model, folder)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.state_dict().keys() == before.keys() and all(p.requires_grad for p in model.parameters())
-
-
-def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved):
-    tensors = load_file(saved / TENSORS)
-    first = "base_model.model.layers.0.up.lora_A.weight"
-    del tensors["base_model.model.layers.1.up.lora_B.weight"], tensors["base_model.model.head.bias"]
-    tensors["base_model.model.layers.0.down.lora_A.weight"] = torch.zeros(3, 24)
-    tensors["base_model.model.__class__.weight"] = torch.zeros(1)
-    tensors[first] = torch.zeros(16, 3)
-    tensors["base_model.model.layers.0.q_proj.lora_A.weight"] = torch.zeros(3, 16, dtype=torch.int32)
-    save_file(tensors, saved / TENSORS)
-    with pytest.raises(ValueError) as caught:
-        load(Block(), saved)
-    text = str(caught.value)
-    for part in (
-        "missing (2): base_model.model.layers.1.up.lora_B.weight, base_model.model.head.bias",
-        "unexpected (2):",
-        "layers.0.down.lora_A.weight",
-        "base_model.model.__class__.weight",
-        f"wrong shape (1): {first} is [16, 3], but the model and the configuration need [3, 16]",
-        "wrong dtype (1): base_model.model.layers.0.q_proj.lora_A.weight is int32",
-    ):
-        assert part in text
-    assert_refused(saved, ValueError, "do not fit the model")
-
-
-def test_a_model_of_other_sizes_is_refused(saved):
-    model = Block()
-    model.head = torch.nn.Linear(16, 7)
-    with pytest.raises(
-        ValueError, match=r"head.weight is \[5, 16\], but the model and the configuration need \[7, 16\]"
-    ):
-        load(model, saved)
-    assert torch.isfinite(model(tokens())).all()
-
 
 class Payload:
     """Unpickling it leaves a mark."""
@@ -261,7 +139,7 @@ def test_a_pickle_never_runs(saved, name, tmp_path):
 
 
 def header(entries, payload=b"", length=None):
-    text = json.dumps(entries).encode()
+    text = (entries if isinstance(entries, str) else json.dumps(entries)).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + payload
 
 
@@ -277,6 +155,15 @@ DAMAGED = {
     "offsets beyond the end": lambda whole: header(
         {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 4
     ),
+    "a hole": lambda whole: header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8),
+    "more values than a number can count": lambda whole: header(
+        {"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}}, b"\0" * 4
+    ),
+    "one name twice": lambda whole: header(
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+        '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        b"\0" * 4,
+    ),
     "not JSON": lambda whole: struct.pack("<Q", 4) + b"{{{{",
     "noise": lambda whole: bytes(range(256)),
 }
@@ -288,10 +175,13 @@ def test_damaged_tensor_files_are_named(kind, saved):
     assert_refused(saved, ValueError, f"{TENSORS} is not a valid safetensors file")
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 10**5, b"null"])
+BAD_JSON = [b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 10**5, b"null", b'{"r": 8, "r": 4}', b" " * (2**24 + 1)]
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=range(len(BAD_JSON)))
 def test_damaged_configurations_are_named(text, saved):
     (saved / CONFIG).write_bytes(text)
-    assert_refused(saved, ValueError, f"{CONFIG} (is not valid JSON|holds a)")
+    assert_refused(saved, ValueError, f"{CONFIG} (is not valid JSON|holds a|is not a configuration)")
 
 
 @pytest.mark.parametrize("missing", [CONFIG, TENSORS])
@@ -299,6 +189,46 @@ def test_missing_files_are_named(missing, saved):
     (saved / missing).unlink()
     assert_refused(saved, FileNotFoundError, f"has no {missing}")
     assert_refused(saved / "nowhere", FileNotFoundError, "nowhere is not a directory")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "adapter_model-00001-of-00002.safetensors", TENSORS + ".index.json"]
+)
+def test_a_file_of_another_name_is_named(name, saved):
+    (saved / TENSORS).rename(saved / name)
+    message = f"has no {TENSORS}; there is {name}, but an adapter is one file of that name"
+    assert_refused(saved, FileNotFoundError, message)
+
+
+def test_a_directory_in_the_place_of_a_file_is_not_read(saved):
+    (saved / TENSORS).unlink()
+    (saved / TENSORS).mkdir()
+    assert_refused(saved, FileNotFoundError, f"has no {TENSORS}")
+
+
+def test_links_are_read_as_in_a_cache_and_never_written_through(saved, tmp_path):
+    """Hugging Face's cache is made of links; a link in the place where an adapter is saved is replaced itself."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name in (CONFIG, TENSORS):
+        (cache / name).symlink_to(saved / name)
+    tuning = load(Block(), cache, trainable=True)
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    randomise(tuning)
+    tuning.save(cache)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert not any(path.is_symlink() for path in cache.iterdir())
+
+
+def test_names_with_paths_in_a_tensor_file_are_only_names(saved, tmp_path):
+    tensors = load_file(saved / TENSORS)
+    tensors.update(
+        {name: torch.zeros(1) for name in ("../../outside", "/etc/passwd", "base_model.model.../x.weight", "")}
+    )
+    save_file(tensors, saved / TENSORS)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    assert_refused(saved, ValueError, r"unexpected \(4\): .*/etc/passwd")
+    assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
 def test_names_in_a_file_reach_no_other_path(saved, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peftops.nn import LoRALinear
-from peftops.nn.lora import LoRALayer, lora_class
+from peftops.nn.lora import ADAPTER, Adapter, LoRALayer, lora_class
 from peftops.ops import lora_dropout_mask
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -28,8 +28,9 @@ def base_layer(kind, dtype=torch.float32, k=K, n=N):
 
 
 def adapted(kind="linear", dtype=torch.float32, rank=5, trained=True, **options):
+    options.setdefault("alpha", rank)
     layer = base_layer(kind, dtype)
-    layer = lora_class(layer).adapt_(layer, rank=rank, **options)
+    layer = lora_class(layer).adapt_(layer, Adapter(rank=rank, **options))
     if trained:
         nn.init.normal_(layer.lora_b.default, std=0.3)
     return layer
@@ -48,7 +49,12 @@ def formula(layer, x, kept=None, p=0.0):
     """The layer's output in float64 from its equation."""
     dropped = x if kept is None else x * kept.view(x.shape) / (1 - p)
     weight = wide(layer.weight).t() if isinstance(layer, Conv1D) else wide(layer.weight)
-    low = single(layer.scaling) * dropped @ wide(layer.lora_a.default).t() @ wide(layer.lora_b.default).t()
+    low = (
+        single(layer.adapters[ADAPTER].scaling)
+        * dropped
+        @ wide(layer.lora_a.default).t()
+        @ wide(layer.lora_b.default).t()
+    )
     return F.linear(x, weight, wide(layer.bias)) + low
 
 
@@ -89,7 +95,7 @@ def test_identity_at_the_start_to_the_last_bit(kind, dtype, shape):
     base = base_layer(kind, dtype)
     x = torch.randn(shape, dtype=dtype)
     expected = base(x)
-    layer = lora_class(base).adapt_(base, rank=4)
+    layer = lora_class(base).adapt_(base, Adapter(rank=4))
     assert torch.equal(layer(x), expected)
 
 
@@ -160,7 +166,10 @@ def test_backward_keeps_x_once_the_low_rank_product_and_a_bit_per_element():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
     assert kept.pop(x.untyped_storage().data_ptr()) == 2 * x.numel()
-    assert sum(size for pointer, size in kept.items() if pointer not in owned) <= 4 * 64 * layer.rank + x.numel() // 8
+    assert (
+        sum(size for pointer, size in kept.items() if pointer not in owned)
+        <= 4 * 64 * layer.adapters[ADAPTER].rank + x.numel() // 8
+    )
 
 
 # ---- construction ----------------------------------------------------------------------------------------------------
@@ -173,7 +182,7 @@ def test_from_linear_shares_the_parameters_and_leaves_the_layer_its_class():
     assert layer.weight is linear.weight and layer.bias is linear.bias
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_a.default", "lora_b.default"]
     assert list(layer.state_dict()) == ["weight", "bias", "lora_a.default", "lora_b.default"]
-    assert layer.scaling == 1 and "rank=3" in repr(layer)
+    assert layer.adapters[ADAPTER].scaling == 1 and "rank=3" in repr(layer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,7 +190,7 @@ def test_remove_gives_the_layer_back(kind):
     base = base_layer(kind)
     before, kind_before, weight = dict(vars(base)), type(base), base.weight
     modules, parameters = list(base._modules), list(base._parameters)
-    layer = lora_class(base).adapt_(base, rank=3)
+    layer = lora_class(base).adapt_(base, Adapter(rank=3))
     assert layer is base and type(layer) is not kind_before
     assert layer.remove_() is base and type(base) is kind_before and base.weight is weight
     assert vars(base).keys() == before.keys() and not base._buffers and not base._non_persistent_buffers_set
@@ -194,8 +203,8 @@ def test_inits_and_scalings():
     layer = adapted(rank=400, trained=False, init="gaussian")
     assert layer.lora_a.default.std().item() == pytest.approx(1 / 400, rel=0.05)
     assert layer.lora_b.default.abs().max() == 0
-    assert adapted(rank=16, alpha=8).scaling == 0.5
-    assert adapted(rank=16, alpha=8, use_rslora=True).scaling == 2
+    assert Adapter(rank=16, alpha=8).scaling == 0.5
+    assert Adapter(rank=16, alpha=8, use_rslora=True).scaling == 2
 
 
 def test_one_seed_gives_the_same_factors_in_every_dtype():
@@ -203,7 +212,7 @@ def test_one_seed_gives_the_same_factors_in_every_dtype():
     for dtype in DTYPES:
         base = base_layer("linear", dtype)
         torch.manual_seed(3)
-        drawn.append(LoRALinear.adapt_(base, rank=4).lora_a.default)
+        drawn.append(LoRALinear.adapt_(base, Adapter(rank=4)).lora_a.default)
     assert all(torch.equal(a, drawn[0].to(a.dtype)) for a in drawn)
 
 
@@ -229,7 +238,7 @@ REFUSED = {
     "parametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)), "is a subclass of nn.Linear"),
     "old weight norm": (lambda: nn.utils.spectral_norm(nn.Linear(K, N)), "weight is computed from other parameters"),
     "integer weight": (integer_weight, "its weight is int8"),
-    "embedding": (lambda: nn.Embedding(3, 4), "Embedding is neither nn.Linear nor"),
+    "transposed": (lambda: nn.ConvTranspose1d(3, 4, 1), "ConvTranspose1d is neither a linear layer, an embedding nor"),
     "lazy": (lambda: nn.LazyLinear(3), "LazyLinear is a subclass"),
     "replaced forward": (replaced_forward, "forward was replaced on the instance"),
     "adapted already": (lambda: adapted(), "carries an adapter already"),
@@ -242,7 +251,7 @@ def test_layers_that_cannot_be_adapted_are_refused(case):
     layer = make()
     kind, names = type(layer), [name for name, _ in layer.named_parameters()]
     with pytest.raises(TypeError, match=match):
-        LoRALinear.adapt_(layer, rank=2)
+        LoRALinear.adapt_(layer, Adapter(rank=2))
     with pytest.raises(TypeError, match=match):
         LoRALinear.from_linear(layer, rank=2)
     assert type(layer) is kind and [name for name, _ in layer.named_parameters()] == names
@@ -256,7 +265,7 @@ HYPERPARAMETERS = [
     ({"rank": 2, "alpha": math.nan}, "alpha is nan"),
     ({"rank": 2, "dropout": 1.0}, r"dropout is 1.0, but it must be in \[0, 1\)"),
     ({"rank": 2, "dropout": -0.1}, "dropout is -0.1"),
-    ({"rank": 2, "init": "pissa"}, "init is 'pissa', but it must be one of 'kaiming', 'gaussian'"),
+    ({"rank": 2, "init": "svd"}, "init is 'svd', but it must be one of 'kaiming', 'gaussian'"),
     (
         {"rank": 2, "adapter_dtype": torch.bfloat16},
         "adapter_dtype is bfloat16, but over a float32 weight it must be float32",
@@ -268,17 +277,17 @@ HYPERPARAMETERS = [
 def test_bad_hyperparameters_are_named_and_change_nothing(options, match):
     linear = nn.Linear(K, N)
     with pytest.raises(ValueError, match=match):
-        LoRALinear.adapt_(linear, **options)
+        LoRALinear.adapt_(linear, Adapter(**options))
     assert type(linear) is nn.Linear and linear.weight.requires_grad
 
 
 def test_the_classes_are_not_constructed_directly_and_fit_one_kind_of_layer():
-    with pytest.raises(TypeError, match="from_linear"):
+    with pytest.raises(TypeError, match="LoRALinear adapts an existing layer"):
         LoRALinear(3, 4)
     with pytest.raises(TypeError, match="adapt_"):
         lora_class(Conv1D(4, 3))(4, 3)
     with pytest.raises(TypeError, match="LoRALinear cannot adapt a Conv1D"):
-        LoRALinear.adapt_(Conv1D(4, 3), rank=2)
+        LoRALinear.adapt_(Conv1D(4, 3), Adapter(rank=2))
 
 
 # ---- moves between dtypes and devices --------------------------------------------------------------------------------
@@ -300,7 +309,7 @@ def test_conversion_keeps_the_scale_and_float32_factors(kind, dtype, adapter_dty
     before = layer.lora_a.default.detach().clone()
     model = nn.Sequential(layer).to(target)
     assert layer.weight.dtype == target and layer.lora_a.default.dtype == layer.lora_b.default.dtype == factors
-    assert layer.lora_scale.dtype == torch.float32 and layer.lora_scale == torch.tensor(1 / 3)
+    assert layer.lora_scale.default.dtype == torch.float32 and layer.lora_scale.default == torch.tensor(1 / 3)
     assert torch.equal(layer.lora_a.default, before.to(factors))
     x = torch.randn(3, K, dtype=target)
     close(model(x), formula(layer, x.double()), target)
@@ -314,7 +323,7 @@ def test_meta_device_and_to_empty():
     layer.to_empty(device="cpu")
     trained = adapted(rank=3)
     layer.load_state_dict(trained.state_dict())
-    assert layer.lora_scale == torch.tensor(1 / 3)
+    assert layer.lora_scale.default == torch.tensor(1 / 3)
     layer.reset_lora_parameters()
     a = layer.lora_a.default
     assert 0 < a.abs().max() <= 1 / math.sqrt(K) and layer.lora_b.default.abs().max() == 0
@@ -453,7 +462,7 @@ def test_merge_sums_in_float32_rounds_once_and_is_undone_to_the_bit(kind, dtype)
         assert torch.equal(layer.weight, once)
         layer.unmerge()
         layer.unmerge()
-        assert torch.equal(layer.weight, base) and layer._base_weight is None
+        assert torch.equal(layer.weight, base) and layer._kept is None
     layer.merge()
     close(layer(x), wide(separate), dtype)
 

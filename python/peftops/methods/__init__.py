@@ -1,7 +1,26 @@
 """Published methods of parameter-efficient fine-tuning, put into any model by :func:`attach`."""
 
+from .check_trainable import Finding, TrainableReport, check_trainable
+from .combine import Combination, CombinedLayer, combine
 from .lora import LoRA
+from .merge_report import LayerError, MergeReport, OutputChange
 from .summary import Summary, TrainedModule
 from .tuning import Tuning, attach, load
 
-__all__ = ["LoRA", "Summary", "TrainedModule", "Tuning", "attach", "load"]
+__all__ = [
+    "Combination",
+    "CombinedLayer",
+    "Finding",
+    "LayerError",
+    "LoRA",
+    "MergeReport",
+    "OutputChange",
+    "Summary",
+    "TrainableReport",
+    "TrainedModule",
+    "Tuning",
+    "attach",
+    "check_trainable",
+    "combine",
+    "load",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_LARGEST_CONFIG = 2**24  # bytes; a pattern for each layer of a large model is far below
 
 
 def save_adapter(directory: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
@@ -57,39 +59,65 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 def load_adapter(directory: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     """Configuration and tensors (on the host) of an adapter directory.
 
-    Raises FileNotFoundError naming the missing file, ValueError naming a file that is damaged or holds a pickle,
-    ImportError without safetensors.
+    Links are followed: Hugging Face's cache holds every file as one. Raises FileNotFoundError naming the missing file,
+    ValueError naming a file that is damaged, says the same thing twice or holds a pickle, ImportError without
+    safetensors.
     """
     safetensors = _safetensors()
     folder = Path(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: {folder} is not a directory")
     if not (folder / TENSORS).is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-        if pickles:
-            raise ValueError(
-                f"load: {folder} holds {pickles[0]}, a pickle file, which could run code and is not opened; "
-                f"{TENSORS} is needed"
-            )
-        raise FileNotFoundError(f"load: {folder} has no {TENSORS}")
+        _refuse_other_files(folder)
     config = _read_config(folder / CONFIG)
     try:
         tensors = safetensors.torch.load_file(folder / TENSORS)
+        _check_header(folder / TENSORS)
     except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"load: {folder / TENSORS} is not a valid safetensors file ({error})") from None
     return config, tensors
 
 
+def _refuse_other_files(folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise ValueError(
+            f"load: {folder} holds {pickles[0]}, a pickle file, which could run code and is not opened; "
+            f"{TENSORS} is needed"
+        )
+    others = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+    text = f"; there is {others[0]}, but an adapter is one file of that name" if others else ""
+    raise FileNotFoundError(f"load: {folder} has no {TENSORS}{text}")
+
+
+def _check_header(path: Path) -> None:
+    """The reader checks sizes and offsets; of two entries with one name it would silently take one."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        json.loads(file.read(length), object_pairs_hook=_without_repetition)
+
+
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"load: {path.parent} has no {path.name}")
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise ValueError(f"load: {path} is not a configuration: it has {path.stat().st_size} bytes")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"load: {path} is not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"load: {path} holds a {type(config).__name__}, but it must hold an object")
     return config
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def _safetensors():

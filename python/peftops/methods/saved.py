@@ -1,70 +1,107 @@
-"""Modules that are trained whole beside an adapter (`modules_to_save`), such as a classification head."""
+"""Parameters that are trained in place beside an adapter's factors: modules of `modules_to_save`, such as a
+classification head, and biases.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
-class SavedModules:
-    """Modules whose parameters are trained in place, with a copy of the values they had before.
+class Saved:
+    """Tensors of a model that an adapter has its own values for, with a copy of the values they had before.
 
-    modules: full name -> module.
+    modules: full names of modules that are trained whole, with their persistent buffers; parameters: full names of
+    single parameters that are trained; replaced: of such that are not trained. While another adapter is active, the
+    values are kept here and the model has its own.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]):
-        self.modules = modules
-        self._original = {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Iterable[str] = (),
+        parameters: Iterable[str] = (),
+        replaced: Iterable[str] = (),
+    ):
+        self._model = model
+        self.modules, self.names, self.replaced = tuple(modules), tuple(parameters), tuple(replaced)
+        self._original = {name: tensor.detach().clone() for name, tensor in self._live().items()}
+        self._own: dict[str, Tensor] | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Full name -> parameter that can be trained."""
-        named = {f"{path}.{name}": p for path, module in self.modules.items() for name, p in module.named_parameters()}
-        return {name: parameter for name, parameter in named.items() if parameter.is_floating_point()}
+        return {
+            name: tensor
+            for name, tensor in self._live().items()
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and name not in self.replaced
+        }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Full name -> what the module's state_dict holds: parameters and persistent buffers."""
-        return {f"{path}.{name}": t for path, module in self.modules.items() for name, t in module.state_dict().items()}
+        """Full name -> the adapter's value, whether it is active or not."""
+        return self._live() if self._own is None else dict(self._own)
 
     @torch.no_grad()
     def assign(self, values: dict[str, Tensor]) -> None:
-        """Write `values` (full name -> tensor) into the modules."""
+        """Give the adapter these values, by full name."""
         for name, tensor in self.tensors().items():
             tensor.copy_(values[name])
 
+    def leave(self) -> None:
+        """Give the model its own values back and keep the adapter's; the storages are exchanged."""
+        if self._own is None:
+            # Copies, for another adapter may take over and train what lies in the model.
+            self._own = self._exchange({name: value.clone() for name, value in self._original.items()})
+
+    def enter(self) -> None:
+        """Put the adapter's values into the model."""
+        if self._own is not None:
+            self._exchange(self._own)
+            self._own = None
+
+    @torch.no_grad()
     def restore(self) -> None:
-        """Give the modules the values they had before."""
-        self.assign(self._original)
+        """Write the values that the model had before into it, for good."""
+        if self._own is None:
+            for name, tensor in self._live().items():
+                tensor.copy_(self._original[name])
 
     def forget_original(self) -> None:
-        """Free the copy; the modules keep their trained values for good."""
+        """Free the copy; the model keeps the trained values for good."""
         self._original = {}
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Within it the modules have the values they had before.
-
-        The storages are exchanged and nothing is written, so that a graph recorded outside can still run backward.
-        """
-        pairs = [(t, self._original[name]) for name, t in self._live().items()]
-        trained = [tensor.data for tensor, _ in pairs]
+    def left(self) -> Iterator[None]:
+        """Within it the model has the values it had before."""
+        if self._own is not None:
+            yield
+            return
+        self.leave()
         try:
-            for tensor, original in pairs:
-                tensor.data = original.to(tensor.device, tensor.dtype)
             yield
         finally:
-            for (tensor, _), value in zip(pairs, trained, strict=True):
-                tensor.data = value
+            self.enter()
+
+    def _exchange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put `values` into the model and return what it had. Nothing is written, so that a graph recorded before can
+        still run backward once they are exchanged again.
+        """
+        before = {}
+        for name, tensor in self._live().items():
+            before[name] = tensor.data
+            tensor.data = values[name].to(tensor.device, tensor.dtype)
+        return before
 
     def _live(self) -> dict[str, Tensor]:
-        """Like :meth:`tensors`, but the module's own tensors and not detached views of them."""
-        keys = self._original.keys()
+        """Full name -> the model's own tensor: parameters, and buffers that a state_dict holds."""
         found = {}
-        for path, module in self.modules.items():
+        for path in self.modules:
+            module = self._model.get_submodule(path)
+            persistent = module.state_dict().keys()
             for kind in (module.named_parameters, module.named_buffers):
-                found.update(
-                    {f"{path}.{name}": t for name, t in kind(remove_duplicate=False) if f"{path}.{name}" in keys}
-                )
+                named = ((name, t) for name, t in kind(remove_duplicate=False) if name in persistent)
+                found.update({f"{path}.{name}": tensor for name, tensor in named})
+        found.update({name: self._model.get_parameter(name) for name in (*self.names, *self.replaced)})
         return found

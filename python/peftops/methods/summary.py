@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class TrainedModule:
     """One module with trained parameters. kind: its class; shape: (in_features, out_features), rank: r, None for a
-    module that is trained whole; parameters and bytes: of what is trained.
+    module that is trained whole; parameters and bytes: of what is trained; adapter: the adapter's name.
     """
 
     name: str
@@ -17,6 +17,7 @@ class TrainedModule:
     rank: int | None
     parameters: int
     bytes: int
+    adapter: str
 
 
 @dataclass(frozen=True)

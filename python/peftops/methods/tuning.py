@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from ..nn.lora import ADAPTER, LoRALayer, lora_class
-from .files import PREFIX, load_adapter, save_adapter
-from .lora import LoRA, Plan, from_files, plan, to_config
-from .saved import SavedModules
+from ..nn import inits
+from ..nn.lora import ADAPTER, LoRALayer, check_name, lora_class
+from .files import load_adapter, save_adapter
+from .lora import LoRA, Plan, plan
+from .merge_report import MergeReport, compare_outputs, measure_layer, run_probe
+from .model import all_parameters, check_not_tied, owners, plain_model
+from .peft_files import Loaded, from_files, to_files
+from .saved import Saved
 from .summary import Summary, TrainedModule
 
 
-def attach(model: nn.Module, method: LoRA) -> Tuning:
+def attach(model: nn.Module, method: LoRA, name: str = ADAPTER) -> Tuning:
     """Put `method` into `model`, in place, and return the handle that trains, saves, merges and removes it.
 
     The model keeps its class, its parameter names and their order; all of its parameters are frozen but those that the
     method trains. Right after it the output is the base model's. Everything is checked before anything changes.
+
+    name: of the adapter, where there will be several.
 
     Raises TypeError for something that is no method or a target that cannot be adapted, ValueError for a target that
     matches nothing or a hyperparameter that does not fit, RuntimeError for a model that carries adapters already.
     """
     if not isinstance(method, LoRA):
         raise TypeError(f"attach: method is {method!r}, but it must be a method such as peftops.LoRA(...)")
-    model = _plain_model(model, "attach")
-    return Tuning(model, method, plan(model, method), trainable=True)
+    model = plain_model(model, "attach")
+    return Tuning(model, name, method, plan(model, method), trainable=True)
 
 
-def load(model: nn.Module, directory: str | os.PathLike, trainable: bool = False) -> Tuning:
+def load(model: nn.Module, directory: str | os.PathLike, trainable: bool = False, name: str = ADAPTER) -> Tuning:
     """Attach the adapter in `directory`, in Hugging Face PEFT's format, to `model`, in place.
 
     trainable: whether training goes on; otherwise everything is frozen. Factors keep the dtype of the file where it is
@@ -41,45 +50,69 @@ def load(model: nn.Module, directory: str | os.PathLike, trainable: bool = False
     method, uses a key that is not supported, or does not fit the model (missing, unexpected and mis-shaped tensors are
     listed); otherwise as :func:`attach`. The model is then untouched.
     """
-    model = _plain_model(model, "load")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise RuntimeError("load: the model has parameters on the meta device; materialise it first")
-    config, tensors = load_adapter(directory)
-    loaded = from_files(model, config, tensors, f"load: {os.fspath(directory)}")
-    tuning = Tuning(model, loaded.method, loaded.plan, trainable)
-    tuning._saved.assign(loaded.saved_values)
-    return tuning
+    model = plain_model(model, "load")
+    loaded = _read(model, directory, "load")
+    return Tuning(model, name, loaded.method, loaded.plan, trainable, loaded.saved_values)
+
+
+@dataclass
+class _Entry:
+    """One adapter of a tuning. layers: full names of those that it adapts; blank: of those that hold an empty place for
+    it, left by a swap.
+    """
+
+    method: LoRA
+    layers: list[str]
+    saved: Saved
+    trainable: bool
+    skipped: dict[str, str]
+    blank: list[str]
 
 
 class Tuning:
-    """One adapter in one model, made by :func:`attach` or :func:`load`.
+    """The adapters of one model, made by :func:`attach` or :func:`load`.
 
-    model: the adapted model; method: the method's hyperparameters.
+    model: the adapted model; adapters: name -> method, in the order in which they were added; active: name -> weight by
+    which the adapter's scale is multiplied.
     """
 
-    def __init__(self, model: nn.Module, method: LoRA, what: Plan, trainable: bool):
-        self.model, self.method = model, method
-        self._skipped = what.skipped
-        self._names = list(what.layers)
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        method: LoRA,
+        what: Plan,
+        trainable: bool,
+        values: dict[str, torch.Tensor] | None = None,
+    ):
+        check_name(name)
+        self.model = model
         self._attached, self._disabled = True, False
+        self._entries: dict[str, _Entry] = {}
+        self.active: dict[str, float] = {}
         # By name: a move from the meta device makes new parameter objects.
-        self._requires_grad = {name: p.requires_grad for name, p in _all_parameters(model)}
-        self._check_not_tied(what.saved)
-        self._saved = SavedModules(what.saved)
-        adapted = []
+        self._requires_grad = {name: p.requires_grad for name, p in all_parameters(model)}
+        check_not_tied(model, what.saved)
+        for path, adapter in what.layers.items():
+            if path not in what.factors and inits.reads_weight(adapter.init):
+                _check_own_weight(model, path, f"attach: init {adapter.init!r}")
         try:
-            for name, arguments in what.layers.items():
-                layer = model.get_submodule(name)
-                adapted.append(lora_class(layer).adapt_(layer, **arguments))
+            self._insert(name, method, what, trainable, values)
         except BaseException:
-            for layer in adapted:
-                layer.remove_()
             self._restore_requires_grad()
             raise
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for parameter in self._own_parameters().values():
-            parameter.requires_grad_(trainable)
+        self.activate(name)
+
+    @property
+    def adapters(self) -> dict[str, LoRA]:
+        return {name: entry.method for name, entry in self._entries.items()}
+
+    @property
+    def method(self) -> LoRA:
+        """The method of the first adapter."""
+        return next(iter(self._entries.values())).method
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -101,21 +134,125 @@ class Tuning:
             raise RuntimeError("optimizer: nothing is trained; load the adapter with trainable=True")
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **options)
 
+    # ---- several adapters ----------------------------------------------------------------------------------------
+
+    def add(
+        self, name: str, source: LoRA | str | os.PathLike, trainable: bool = False, capacity: int | None = None
+    ) -> None:
+        """Put one more adapter beside those that are there, not active yet.
+
+        source: a method, or a directory as for :func:`load`; trainable: whether it is trained; capacity: ranks to hold
+            memory for, so that :meth:`swap` can take over a larger adapter without a recompilation.
+
+        Raises what :func:`attach` and :func:`load` raise, ValueError for a name that is taken and for an initialisation
+        that changes the base weights, under which the other adapters were trained. The model is then untouched.
+        """
+        self._check("add", merged=False)
+        check_name(name)
+        if name in self._entries:
+            raise ValueError(f"add: name is {name!r}, but there is an adapter of that name; swap() replaces it")
+        if isinstance(source, LoRA):
+            method, what, values = source, plan(self.model, source), None
+        elif isinstance(source, (str, os.PathLike)):
+            loaded = _read(self.model, source, "add")
+            method, what, values = loaded.method, loaded.plan, loaded.saved_values
+        else:
+            raise TypeError(f"add: source is {source!r}, but it must be a method or a directory")
+        self._check_base_unchanged(what)
+        check_not_tied(self.model, what.saved)
+        frozen = {key: p.requires_grad for key, p in all_parameters(self.model)}
+        with self._base_values():
+            self._insert(name, method, what, trainable, values, capacity)
+            self._entries[name].saved.leave()
+        for key, parameter in all_parameters(self.model):
+            if key in frozen:
+                parameter.requires_grad_(frozen[key])
+        self._apply_activation()
+
+    def activate(self, which: str | Sequence[str] | Mapping[str, float] | None) -> None:
+        """Let these adapters act, and no others: one name, several, name -> weight by which the scale is multiplied, or
+        None. Several add up. Nothing is recompiled, and what is trained stays trained.
+
+        Raises ValueError for a name that is not there, a weight that is no number, and two adapters that both train the
+        same module whole.
+        """
+        self._check("activate", merged=False)
+        weights = self._weights(which)
+        owner: dict[str, str] = {}
+        for name in weights:
+            for tensor in self._entries[name].saved.tensors():
+                if tensor in owner:
+                    raise ValueError(
+                        f"activate: {owner[tensor]!r} and {name!r} both have {tensor}; one of them can be active"
+                    )
+                owner[tensor] = name
+        self.active = weights
+        self._apply_activation()
+
+    def swap(self, name: str, directory: str | os.PathLike) -> None:
+        """Put the adapter in `directory` into the place of `name`, which stays active and trainable as it was.
+
+        Nothing is recompiled where it adapts no other layers and its rank is at most the capacity. Raises what
+        :func:`load` raises, ValueError for a name that is not there. The model is then untouched.
+        """
+        self._check("swap", merged=False)
+        entry = self._entry(name, "swap")
+        loaded = _read(self.model, directory, "swap")
+        self._check_base_unchanged(loaded.plan)
+        check_not_tied(self.model, loaded.plan.saved)
+        layers, factors = loaded.plan.layers, loaded.plan.factors
+        places = {*entry.layers, *entry.blank}
+        with self._base_values():
+            new = [path for path in layers if path not in places]
+            self._fill(name, {path: layers[path] for path in new}, factors)
+            for path in places:
+                layer = self.model.get_submodule(path)
+                if path in layers:
+                    layer.swap_(name, layers[path], factors[path])
+                else:
+                    layer.clear_(name)
+            saved = _saved_of(self.model, loaded.plan)
+            saved.assign(loaded.saved_values)
+            saved.leave()
+        entry.method, entry.saved, entry.skipped = loaded.method, saved, loaded.plan.skipped
+        entry.layers, entry.blank = list(layers), sorted(places - layers.keys())
+        for path in new:
+            self.model.get_submodule(path).requires_grad_(False)
+        self._apply_activation()
+
+    def delete(self, name: str) -> None:
+        """Take one adapter out. Raises ValueError for a name that is not there and for the last one, which
+        :meth:`detach` takes out.
+        """
+        self._check("delete", merged=False)
+        entry = self._entry(name, "delete")
+        if len(self._entries) == 1:
+            raise ValueError(f"delete: {name!r} is the only adapter; detach() takes it out")
+        entry.saved.leave()
+        for path in (*entry.layers, *entry.blank):
+            _take_out(self.model.get_submodule(path), name)
+        del self._entries[name]
+        self.active.pop(name, None)
+        self._apply_activation()
+
     # ---- files ---------------------------------------------------------------------------------------------------
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write the adapter in Hugging Face PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+    def save(self, directory: str | os.PathLike, name: str | None = None) -> None:
+        """Write one adapter in Hugging Face PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-        Existing files of these names are replaced, each in one step. Raises ImportError without safetensors.
+        name: which one; None = the only one there is, or the only one that is active. Existing files of these names
+        are replaced, each in one step. Raises ImportError without safetensors, ValueError where `name` is needed.
         """
         self._check("save")
-        layers = self._layers()
-        tensors = {}
-        for name, layer in layers.items():
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a[ADAPTER]
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b[ADAPTER]
-        tensors.update({PREFIX + name: tensor for name, tensor in self._saved.tensors().items()})
-        save_adapter(directory, to_config(self.model, self.method, layers, list(self._saved.modules)), tensors)
+        if name is None:
+            candidates = list(self._entries) if len(self._entries) == 1 else list(self.active)
+            if len(candidates) != 1:
+                raise ValueError(f"save: name which adapter; there are {', '.join(map(repr, self._entries))}")
+            (name,) = candidates
+        entry = self._entry(name, "save")
+        layers = {path: self.model.get_submodule(path) for path in entry.layers}
+        config, tensors = to_files(self.model, entry.method, name, layers, entry.saved)
+        save_adapter(directory, config, tensors)
 
     # ---- merging -------------------------------------------------------------------------------------------------
 
@@ -124,31 +261,40 @@ class Tuning:
         """Whether the base weights hold the sum."""
         return any(layer.merged for layer in self._layers().values())
 
-    def merge(self, keep_base: bool = True) -> None:
-        """Fold the adapter into the base weights: W + s B A, summed in float32 and rounded once; the layers are plain
-        ones then.
+    def merge(self, keep_base: bool = True, report: bool = False, probe: object = None) -> MergeReport | None:
+        """Fold the active adapters into the base weights: W + s B A, summed in float32 and rounded once; the layers are
+        plain ones then.
 
         A second merge changes nothing. While merged, a state_dict of the model holds the sums under `weight`.
 
         keep_base: keep the base bits in host memory (as many bytes as the adapted weights), so that :meth:`unmerge`
             restores them exactly. False frees them: for a model that is to stay merged, after which :meth:`detach`
             leaves plain layers.
+        report: return what the rounding of the stored weights costs, layer by layer.
+        probe: a batch (a tensor, a tuple or a dict of arguments) for which the report compares the model's output
+            before and after.
 
         Raises RuntimeError where a weight is shared with another module (tied embeddings), which would change as well.
         """
         self._check("merge")
         layers = self._layers()
         for name, layer in layers.items():
-            others = [other for other in _owners(self.model, layer.weight) if other != f"{name}.weight"]
-            if others:
-                raise RuntimeError(
-                    f"merge: {name}.weight is tied to {', '.join(others)}, which would change with it; give {name} "
-                    "a weight of its own before attaching (in transformers: tie_word_embeddings=False)"
-                )
-        for layer in layers.values():
-            layer.merge(keep_base)
+            _check_own_weight(self.model, name, "merge")
+            if reason := layer.why_not_merge():
+                raise RuntimeError(f"merge: {name}: {reason}")
+        report = report or probe is not None
+        before = None if probe is None else run_probe(self.model, probe)
+        errors = [
+            layer.merge(keep_base, partial(measure_layer, name) if report else None) for name, layer in layers.items()
+        ]
         if not keep_base:
-            self._saved.forget_original()
+            for name, entry in self._entries.items():
+                if name in self.active:
+                    entry.saved.forget_original()
+        if not report:
+            return None
+        output = None if probe is None else compare_outputs(before, run_probe(self.model, probe))
+        return MergeReport(tuple(error for error in errors if error is not None), output)
 
     def unmerge(self) -> None:
         """Restore the base weights bit for bit. Nothing happens where nothing is merged.
@@ -182,13 +328,14 @@ class Tuning:
             for layer in layers:
                 stack.callback(layer.set_disabled, False)
                 layer.set_disabled(True)
-            stack.enter_context(self._saved.restored())
+            for entry in self._entries.values():
+                stack.enter_context(entry.saved.left())
             stack.callback(setattr, self, "_disabled", False)
             self._disabled = True
             yield
 
     def detach(self) -> nn.Module:
-        """Take the adapter out and return the model as it was: classes, names and their order, values, requires_grad.
+        """Take all adapters out and return the model as it was: classes, names and their order, values, requires_grad.
 
         After `merge(keep_base=False)` the merged weights and the trained modules of `modules_to_save` stay. The tuning
         cannot be used any more.
@@ -196,7 +343,8 @@ class Tuning:
         self._check("detach")
         if not self._base_freed():
             self.unmerge()
-            self._saved.restore()
+            for entry in self._entries.values():
+                entry.saved.restore()
         for layer in self._layers().values():
             layer.remove_()
         self._restore_requires_grad()
@@ -206,90 +354,189 @@ class Tuning:
     # ---- report --------------------------------------------------------------------------------------------------
 
     def summary(self) -> Summary:
-        """What is trained; `print(tuning.summary())` shows a table."""
+        """What the adapters train; `print(tuning.summary())` shows a table."""
         self._check("summary")
         rows = []
-        for name, layer in self._layers().items():
-            out_features, in_features = layer._weight().shape
-            factors = (layer.lora_a[ADAPTER], layer.lora_b[ADAPTER])
-            rows.append(_row(name, layer, factors, (in_features, out_features), layer.rank))
-        for name, module in self._saved.modules.items():
-            rows.append(_row(name, module, tuple(module.parameters()), None, None))
-        position = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
-        rows.sort(key=lambda row: position[row.name])
+        for name, entry in self._entries.items():
+            for path in entry.layers:
+                layer = self.model.get_submodule(path)
+                factors = [factor for factor in layer.factors(name) if factor is not None]
+                shape = (math.prod(factors[0].shape[1:]), factors[1].shape[0])
+                rows.append(_row(path, layer, name, factors, shape, layer.adapters[name].rank))
+            for path in entry.saved.modules:
+                module = self.model.get_submodule(path)
+                rows.append(_row(path, module, name, list(module.parameters()), None, None))
+            for path in entry.saved.names:
+                owner = self.model.get_submodule(path.rpartition(".")[0])
+                rows.append(_row(path, owner, name, [self.model.get_parameter(path)], None, None))
+        position = {path: index for index, (path, _) in enumerate(self.model.named_modules())}
+        rows.sort(key=lambda row: position.get(row.name, position.get(row.name.rpartition(".")[0])))
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        return Summary(tuple(rows), dict(self._skipped), total)
+        skipped = {path: reason for entry in self._entries.values() for path, reason in entry.skipped.items()}
+        return Summary(tuple(rows), skipped, total)
 
     # ---- private -------------------------------------------------------------------------------------------------
 
-    def _layers(self) -> dict[str, LoRALayer]:
-        return {name: self.model.get_submodule(name) for name in self._names}
+    def _insert(self, name, method, what: Plan, trainable, values, capacity=None) -> None:
+        self._fill(name, what.layers, what.factors, capacity)
+        saved = _saved_of(self.model, what)
+        if values is not None:
+            saved.assign(values)
+        self._entries[name] = _Entry(method, list(what.layers), saved, trainable, what.skipped, [])
+
+    def _fill(self, name: str, layers: dict, factors: dict, capacity: int | None = None) -> None:
+        """Put the adapter into these layers, or into none of them."""
+        done = []
+        try:
+            for path, adapter in layers.items():
+                layer = self.model.get_submodule(path)
+                if isinstance(layer, LoRALayer):
+                    layer.add_(name, adapter, factors.get(path), capacity)
+                else:
+                    lora_class(layer).adapt_(layer, adapter, name, factors.get(path), capacity)
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                _take_out(layer, name)
+            raise
+
+    def _apply_activation(self) -> None:
+        """Bring scales, modules that are trained whole and requires_grad in line with `active`."""
+        for path, layer in self._layers().items():
+            own = {name: weight for name, weight in self.active.items() if path in self._entries[name].layers}
+            layer.set_active(own)
+        inactive = [entry for name, entry in self._entries.items() if name not in self.active]
+        for entry in inactive:
+            entry.saved.leave()
+            for parameter in entry.saved.parameters().values():
+                parameter.requires_grad_(False)
+        for name in self.active:
+            self._entries[name].saved.enter()
+        for name, parameter in self._own_parameters().items():
+            parameter.requires_grad_(self._trainable[name])
+
+    @property
+    def _trainable(self) -> dict[str, bool]:
+        """Full name -> whether the parameter is trained, in the order of the adapters."""
+        found = {}
+        for name, entry in self._entries.items():
+            for path in entry.layers:
+                for key in self.model.get_submodule(path).factor_parameters(name):
+                    found[f"{path}.{key}.{name}"] = entry.trainable
+            if name in self.active:
+                found.update(dict.fromkeys(entry.saved.parameters(), entry.trainable))
+        return found
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
-        own = {}
-        for name, layer in self._layers().items():
-            own[f"{name}.lora_a.{ADAPTER}"] = layer.lora_a[ADAPTER]
-            own[f"{name}.lora_b.{ADAPTER}"] = layer.lora_b[ADAPTER]
-        return {**own, **self._saved.parameters()}
+        return {name: self.model.get_parameter(name) for name in self._trainable}
+
+    def _layers(self) -> dict[str, LoRALayer]:
+        paths = [path for entry in self._entries.values() for path in (*entry.layers, *entry.blank)]
+        return {path: self.model.get_submodule(path) for path in dict.fromkeys(paths)}
+
+    @contextmanager
+    def _base_values(self) -> Iterator[None]:
+        """Within it the modules that adapters train whole have the base model's values."""
+        with ExitStack() as stack:
+            for entry in self._entries.values():
+                stack.enter_context(entry.saved.left())
+            yield
+
+    def _weights(self, which: object) -> dict[str, float]:
+        if which is None:
+            weights = {}
+        elif isinstance(which, str):
+            weights = {which: 1.0}
+        elif isinstance(which, Mapping):
+            weights = dict(which)
+        elif isinstance(which, Sequence):
+            weights = dict.fromkeys(which, 1.0)
+        else:
+            raise TypeError(f"activate: got {which!r}, but it must be a name, names, name -> weight, or None")
+        for name, weight in weights.items():
+            self._entry(name, "activate")
+            if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+                raise ValueError(f"activate: the weight of {name!r} is {weight!r}, but it must be a number")
+        return weights
+
+    def _entry(self, name: object, action: str) -> _Entry:
+        if name not in self._entries:
+            there = ", ".join(map(repr, self._entries))
+            raise ValueError(f"{action}: there is no adapter {name!r}, only {there}")
+        return self._entries[name]
 
     def _base_freed(self) -> bool:
-        return any(layer.merged and layer._base_weight is None for layer in self._layers().values())
+        return any(layer.merged and layer._kept is None for layer in self._layers().values())
 
     def _check_base(self, action: str) -> None:
         if self._base_freed():
             raise RuntimeError(f"{action}: the base weights were freed by merge(keep_base=False)")
 
-    def _check(self, action: str) -> None:
+    def _check(self, action: str, merged: bool = True) -> None:
         if not self._attached:
             raise RuntimeError(f"{action}: this adapter was taken out by detach()")
         if self._disabled:
             raise RuntimeError(f"{action}: not possible inside disabled()")
+        if not merged and self.merged:
+            raise RuntimeError(f"{action}: not possible while merged; unmerge() first")
 
-    def _check_not_tied(self, saved: dict[str, nn.Module]) -> None:
-        for path, module in saved.items():
-            for name, parameter in module.named_parameters():
-                others = [other for other in _owners(self.model, parameter) if not other.startswith(f"{path}.")]
-                if others:
-                    raise ValueError(
-                        f"modules_to_save: {path}.{name} is tied to {', '.join(others)}, which would be trained with it"
-                    )
+    def _check_base_unchanged(self, what: Plan) -> None:
+        """One adapter whose initialisation changes the base weight has to be alone with it."""
+        for path, layer in self._layers().items():
+            if layer.initial:
+                name = next(iter(layer.initial))
+                raise ValueError(
+                    f"{name!r} has changed the base weights (init {layer.adapters[name].init!r}, {path}); "
+                    "save it and load it again to use it beside others"
+                )
+        for path, adapter in what.layers.items():
+            if path not in what.factors and inits.reads_weight(adapter.init):
+                raise ValueError(
+                    f"init is {adapter.init!r}, which changes the base weights, under which other adapters were "
+                    "trained; attach it alone"
+                )
 
     def _restore_requires_grad(self) -> None:
-        for name, parameter in _all_parameters(self.model):
+        for name, parameter in all_parameters(self.model):
             if name in self._requires_grad:
                 parameter.requires_grad_(self._requires_grad[name])
 
 
-def _plain_model(model: nn.Module, action: str) -> nn.Module:
-    """The module under torch.compile's wrapper, checked to carry no adapter yet."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{action}: model is a {type(model).__name__}, but it must be a torch.nn.Module")
-    model = getattr(model, "_orig_mod", model)
-    present = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
-    if present:
-        raise RuntimeError(f"{action}: the model carries an adapter already ({present[0]}, ...); detach() it first")
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise RuntimeError(f"{action}: the model carries Hugging Face PEFT adapters; merge or unload them first")
-    return model
+def _read(model: nn.Module, directory: str | os.PathLike, action: str) -> Loaded:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise RuntimeError(f"{action}: the model has parameters on the meta device; materialise it first")
+    config, tensors = load_adapter(directory)
+    return from_files(model, config, tensors, f"{action}: {os.fspath(directory)}")
 
 
-def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.named_parameters(remove_duplicate=False)
+def _check_own_weight(model: nn.Module, path: str, action: str) -> None:
+    others = [other for other in owners(model, model.get_submodule(path).weight) if other != f"{path}.weight"]
+    if others:
+        raise RuntimeError(
+            f"{action}: {path}.weight is tied to {', '.join(others)}, which would change with it; give {path} a weight "
+            "of its own before attaching (in transformers: tie_word_embeddings=False)"
+        )
 
 
-def _owners(model: nn.Module, parameter: nn.Parameter) -> list[str]:
-    """Full names under which modules hold `parameter`; a module that has several names counts once."""
-    return [
-        f"{name}.{key}" if name else key
-        for name, module in model.named_modules()
-        for key, value in module._parameters.items()
-        if value is parameter
-    ]
+def _saved_of(model: nn.Module, what: Plan) -> Saved:
+    return Saved(model, what.saved, what.trained, what.replaced)
+
+
+def _take_out(layer: LoRALayer, name: str) -> None:
+    if list(layer.adapters) == [name]:
+        layer.remove_()
+    else:
+        layer.delete_(name)
 
 
 def _row(
-    name: str, module: nn.Module, parameters: tuple, shape: tuple[int, int] | None, rank: int | None
+    name: str,
+    module: nn.Module,
+    adapter: str,
+    parameters: list[torch.Tensor],
+    shape: tuple[int, int] | None,
+    rank: int | None,
 ) -> TrainedModule:
     count = sum(parameter.numel() for parameter in parameters)
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return TrainedModule(name, type(module).__name__, shape, rank, count, size)
+    return TrainedModule(name, type(module).__name__, shape, rank, count, size, adapter)

@@ -1,5 +1,7 @@
 """Drop-in modules built on the operators."""
 
+from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from .embedding import LoRAEmbedding
 from .lora import LoRALinear
 
-__all__ = ["LoRALinear"]
+__all__ = ["LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRAEmbedding", "LoRALinear"]

@@ -8,22 +8,23 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .lora import LoRALayer
+from .lora import LinearLike
 
 
-class LoRAConv1D(LoRALayer, Conv1D):
-    """`Conv1D` with a LoRA adapter; the factors have the shapes of :class:`LoRALinear`'s and s B A is transposed when
+class LoRAConv1D(LinearLike, Conv1D):
+    """`Conv1D` with LoRA adapters; the factors have the shapes of :class:`LoRALinear`'s and s B A is transposed when
     merged.
     """
 
     _base_class = Conv1D
     __repr__ = nn.Module.__repr__
 
-    def __init__(self, *_args, **_kwargs) -> None:
-        raise TypeError("LoRAConv1D adapts an existing layer: use LoRAConv1D.adapt_(layer, rank=...)")
-
     def _weight(self) -> Tensor:
         return self.weight.t()
+
+    @staticmethod
+    def _stored(matrix: Tensor) -> Tensor:
+        return matrix.t()
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"

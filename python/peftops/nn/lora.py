@@ -1,8 +1,12 @@
-r"""LoRA layers: y = x W^T + bias + scale * drop(x) A^T B^T (Hu et al., "LoRA", ICLR 2022, equation 3).
+r"""LoRA layers: y = f(x; W) + sum_i s_i * (B_i A_i) drop(x) (Hu et al., "LoRA", ICLR 2022, equation 3).
 
-One module owns the frozen base weight and the factors: `weight` and `bias` keep their names, the factors of the
-adapter NAME are `lora_a.NAME` [rank, in_features] and `lora_b.NAME` [out_features, rank]. A layer becomes a LoRA layer
-by a change of its class, so that its identity, hooks and parameter objects stay what they were.
+One module owns the frozen base weight and the factors of any number of adapters: `weight` and `bias` keep their names,
+the factors of the adapter NAME are `lora_a.NAME` [rank, in_features] and `lora_b.NAME` [out_features, rank]. A layer
+becomes a LoRA layer by a change of its class, so that its identity, hooks and parameter objects stay what they were.
+
+Which adapters act, and how strongly, are tensors (`lora_scale.NAME`): to activate, scale or switch off recompiles
+nothing under torch.compile. There every adapter that is present is computed, one that is not active with the scale 0;
+outside of it only the active ones are.
 
 Dtypes: the factors have the base weight's dtype, or float32 over a bfloat16 or float16 base
 (`adapter_dtype=torch.float32`, what Hugging Face PEFT does by default). `module.to(bfloat16)`, `half()` and `float()`
@@ -12,235 +16,469 @@ follow the base weight.
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import lora_linear
+from . import inits
+from .adapter import ADAPTER, BASE_DTYPES, Adapter, ByName, Factors, Scales, check_name, factor_dtype, name_of
 
-ADAPTER = "default"
-INITS = ("kaiming", "gaussian")
 # Everything that adapt_ gives to a layer: remove_ takes it away again.
-_ADDED = ("rank", "alpha", "scaling", "use_rslora", "lora_dropout", "lora_init", "adapter_dtype")
-_ADDED += ("merged", "disabled", "_base_weight", "lora_a", "lora_b", "lora_scale")
-BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """`float32` for `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def factor_dtype(base: torch.dtype, adapter_dtype: torch.dtype | None) -> torch.dtype:
-    """Dtype of the factors over a base weight of dtype `base`; ValueError where the operator has no such pair."""
-    if adapter_dtype is None or adapter_dtype == base:
-        return base
-    if adapter_dtype == torch.float32 and base in (torch.bfloat16, torch.float16):
-        return adapter_dtype
-    raise ValueError(
-        f"adapter_dtype is {name_of(adapter_dtype)}, but over a {name_of(base)} weight it must be {name_of(base)}"
-        + (" or float32" if base in (torch.bfloat16, torch.float16) else "")
-    )
-
-
-def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) -> None:
-    """Raise ValueError, naming the argument, for a hyperparameter outside its range."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank is {rank!r}, but it must be an integer of at least 1")
-    if not _is_number(alpha) or alpha <= 0:
-        raise ValueError(f"alpha is {alpha!r}, but it must be a positive number")
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout!r}, but it must be in [0, 1)")
-    if init not in INITS:
-        raise ValueError(f"init is {init!r}, but it must be one of {', '.join(map(repr, INITS))}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+_ADDED = ("adapters", "active", "disabled", "merged", "initial", "_kept", "_original")
+_ADDED += ("lora_a", "lora_b", "lora_bias", "lora_scale")
+# Base class -> LoRA class; each LoRA class enters itself.
+_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {}
 
 
 class LoRALayer(nn.Module):
-    """What LoRA adds to a linear layer; a mixin that stands before the layer's own class.
+    """What LoRA adds to a layer; a mixin that stands before the layer's own class.
 
-    Attributes: rank; alpha; scaling, the number s that multiplies the adapter; lora_dropout, its p; merged, whether
-    `weight` holds the sum; disabled, whether the adapter is switched off.
+    Attributes: adapters, name -> hyperparameters; active, name -> weight by which its scale is multiplied; disabled,
+    whether all are switched off; merged, whether `weight` holds the sum; initial, name -> the first factors of an
+    adapter whose initialisation changed the base weight.
     """
 
     _base_class: type[nn.Module]
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        if "_base_class" in vars(cls):
+            _CLASSES[cls._base_class] = cls
+
+    def __init__(self, *_args, **_kwargs) -> None:
+        name = type(self).__name__
+        raise TypeError(f"{name} adapts an existing layer: use {name}.adapt_(layer, Adapter(rank=...))")
+
+    # ---- what a kind of layer defines ----------------------------------------------------------------------------
+
+    @classmethod
+    def _factor_shapes(cls, layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A, whose first dimension is the rank, and of B, whose second one is."""
+        raise NotImplementedError
+
+    @classmethod
+    def _why_not(cls, layer: nn.Module, adapter: Adapter) -> str | None:
+        """The reason why this kind of layer cannot carry `adapter`; None where it can."""
+        return None
+
+    @classmethod
+    def _start(cls, layer: nn.Module, adapter: Adapter) -> inits.Start:
+        """The values that the factors start from, in float32 on the host."""
+        raise NotImplementedError
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """B A in the shape of `weight`."""
+        raise NotImplementedError
+
+    def why_not_merge(self) -> str | None:
+        """The reason why the adapters cannot be merged into the weight; None where they can."""
+        return None
+
+    def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The layer's output with these adapters, each with its scale from `lora_scale`."""
+        raise NotImplementedError
+
+    # ---- adapters ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def adapt_(
+        cls,
+        layer: nn.Module,
+        adapter: Adapter,
+        name: str = ADAPTER,
+        factors: Factors | None = None,
+        capacity: int | None = None,
+    ) -> LoRALayer:
+        """Turn `layer` into a LoRA layer in place: its class changes, its parameters are frozen, the active adapter
+        `name` is added.
+
+        factors: values to take over instead of drawing new ones; they are converted to the dtype and device of the
+            layer's.
+        capacity: ranks to hold memory for, so that :meth:`swap_` can later take over up to so many without a change of
+            shapes; None = the rank.
+
+        Raises TypeError for a layer that :func:`why_not` names a reason against, ValueError for an adapter that does
+        not fit; the layer is then untouched.
+        """
+        reason = why_not(layer)
+        if reason is not None:
+            raise TypeError(f"this layer cannot carry LoRA: {reason}")
+        if not issubclass(cls, type(layer)):
+            raise TypeError(f"{cls.__name__} cannot adapt a {type(layer).__name__}")
+        check_name(name)
+        ready = cls._ready(layer, adapter, factors, capacity)
+        layer.__class__ = cls
+        layer.adapters, layer.active, layer.initial = {}, {}, {}
+        layer.disabled, layer.merged, layer._kept, layer._original = False, False, None, None
+        layer.lora_a, layer.lora_b, layer.lora_bias = ByName(), ByName(), ByName()
+        layer.lora_scale = Scales()
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        layer._insert(name, adapter, *ready)
+        layer.set_active({name: 1.0})
+        return layer
+
+    def add_(self, name: str, adapter: Adapter, factors: Factors | None = None, capacity: int | None = None) -> None:
+        """One more adapter, not active; arguments as those of :meth:`adapt_`.
+
+        Raises ValueError for a name that is taken and an adapter that does not fit; the layer is then untouched.
+        """
+        check_name(name)
+        if name in self.adapters:
+            raise ValueError(f"name is {name!r}, but this layer has an adapter of that name")
+        values, start = self._ready(self, adapter, factors, capacity)
+        if start is not None and start.residual is not None:
+            raise ValueError(f"init is {adapter.init!r}, which changes the base weight under the other adapters")
+        self._insert(name, adapter, values, start)
+
+    def swap_(self, name: str, adapter: Adapter, factors: Factors) -> None:
+        """Put another adapter into the place of `name`: into the same memory where rank and dtype fit, else into new
+        memory of the same parameter objects. The rest of the place is filled with zeros.
+        """
+        ready, _ = self._ready(self, adapter, factors, max(adapter.rank, self.capacity(name)))
+        new_bias = ready.bias is None and name in self.lora_bias
+        ready = ready._replace(bias=torch.zeros_like(self.lora_bias[name])) if new_bias else ready
+        with torch.no_grad():
+            for held, value in zip((self.lora_a, self.lora_b, self.lora_bias), ready, strict=True):
+                if value is None:
+                    continue
+                if name not in held:
+                    held[name] = nn.Parameter(value, requires_grad=self.lora_b[name].requires_grad)
+                elif held[name].shape == value.shape and held[name].dtype == value.dtype:
+                    held[name].copy_(value)
+                else:
+                    held[name].data = value
+        self.adapters[name] = adapter
+        self._refresh_scales()
+
+    def clear_(self, name: str) -> None:
+        """Fill an adapter with zeros: it is there and adds nothing."""
+        with torch.no_grad():
+            for held in (self.lora_a, self.lora_b, self.lora_bias):
+                if name in held:
+                    held[name].zero_()
+
+    def delete_(self, name: str) -> None:
+        """Take one adapter out; where its initialisation changed the base weight, that is restored."""
+        if name in self.initial:
+            self._restore_original()
+            del self.initial[name]
+        for key in self.factor_parameters(name):
+            del getattr(self, key)[name]
+        self.lora_scale.drop(name)
+        del self.adapters[name]
+        self.active.pop(name, None)
+
+    def remove_(self) -> nn.Module:
+        """Take all adapters out and give the layer its own class back, in place. A base weight that an initialisation
+        changed is restored; a merged one stays as it is.
+        """
+        self._restore_original()
+        for name in _ADDED:
+            delattr(self, name)
+        self.__class__ = self._base_class
+        return self
+
+    def set_active(self, weights: dict[str, float]) -> None:
+        """Let these adapters act, name -> weight by which the scale is multiplied, and no others."""
+        self.active = dict(weights)
+        self._refresh_scales()
+
+    def set_disabled(self, disabled: bool) -> None:
+        """Switch all adapters off or on. Off, the layer is the base layer, bit for bit."""
+        if disabled != self.disabled and self._original is not None:
+            # Storages are exchanged and nothing is written: a recorded graph can still run backward afterwards.
+            self._original, self.weight.data = self.weight.data, self._original.to(self.weight.device)
+        self.disabled = disabled
+        self._refresh_scales()
+
+    def capacity(self, name: str) -> int:
+        """Ranks that the adapter's memory holds."""
+        return self.lora_a[name].shape[0]
+
+    def factors(self, name: str) -> Factors:
+        """The adapter's own ranks, without what is only held ready."""
+        rank = self.adapters[name].rank
+        return Factors(self.lora_a[name][:rank], self.lora_b[name][:, :rank], self.lora_bias.get(name))
+
+    def factor_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Attribute -> parameter of one adapter: lora_a, lora_b and, where it has one, lora_bias."""
+        held = {key: getattr(self, key) for key in ("lora_a", "lora_b", "lora_bias")}
+        return {key: parameters[name] for key, parameters in held.items() if name in parameters}
+
+    def reset_lora_parameters(self) -> None:
+        """Draw the factors anew: for factors that come from the meta device by way of `to_empty`."""
+        with torch.no_grad():
+            for name, adapter in self.adapters.items():
+                start = self._start(self, adapter)
+                if start.residual is not None:
+                    raise RuntimeError(f"reset_lora_parameters: init {adapter.init!r} would change the base weight")
+                self.clear_(name)
+                own = self.factors(name)
+                own.a.copy_(start.a)
+                own.b.copy_(start.b)
+
+    @classmethod
+    def _ready(
+        cls, layer: nn.Module, adapter: Adapter, factors: Factors | None, capacity: int | None = None
+    ) -> tuple[Factors, inits.Start | None]:
+        """Values in the layer's dtype and device, padded to `capacity`, and where they were drawn from."""
+        reason = cls._why_not(layer, adapter)
+        if reason is not None:
+            raise ValueError(f"this layer cannot carry the adapter: {reason}")
+        weight = layer.weight
+        dtype = factor_dtype(weight.dtype, adapter.adapter_dtype)
+        capacity = adapter.rank if capacity is None else capacity
+        if capacity < adapter.rank:
+            raise ValueError(f"capacity is {capacity}, but it must be at least the rank, {adapter.rank}")
+        shapes = cls._factor_shapes(layer, capacity)
+        start = None
+        if factors is None:
+            start = cls._start(layer, adapter)
+            factors = Factors(start.a, start.b)
+        a, b = (torch.zeros(shape, dtype=dtype, device=weight.device) for shape in shapes)
+        a[: adapter.rank].copy_(factors.a)
+        b[:, : adapter.rank].copy_(factors.b)
+        bias = None
+        if adapter.lora_bias:
+            bias = torch.zeros(shapes[1][0], dtype=dtype, device=weight.device)
+            if factors.bias is not None:
+                bias.copy_(factors.bias)
+        return Factors(a, b, bias), start
+
+    def _insert(self, name: str, adapter: Adapter, values: Factors, start: inits.Start | None) -> None:
+        if start is not None and start.residual is not None:
+            self._original = self.weight.detach().to("cpu", copy=True)
+            self.initial[name] = Factors(start.a, start.b)
+            with torch.no_grad():
+                self.weight.copy_(start.residual)
+        self.adapters[name] = adapter
+        for held, value in zip((self.lora_a, self.lora_b, self.lora_bias), values, strict=True):
+            if value is not None:
+                held[name] = nn.Parameter(value)
+        self._refresh_scales()
+
+    def _restore_original(self) -> None:
+        # Switched off, it is in its place already; what was merged is to stay.
+        if self._original is not None and not self.disabled and not self.merged:
+            with torch.no_grad():
+                self.weight.copy_(self._original)
+        self._original = None
+
+    def _refresh_scales(self) -> None:
+        for name, adapter in self.adapters.items():
+            value = 0.0 if self.disabled else adapter.scaling * self.active.get(name, 0.0)
+            self.lora_scale.put(name, value, self.weight.device)
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base layer's input and output. Dropout acts in training mode only; its seed comes from torch's generator,
+        so that checkpointing replays it.
+        """
+        names = () if self.merged else self._computed()
+        return self._adapted(x, names) if names else super().forward(x)
+
+    def _computed(self) -> tuple[str, ...]:
+        # What acts is not asked under torch.compile, which would guard on it and compile anew.
+        if torch.compiler.is_compiling():
+            return tuple(self.adapters)
+        return () if self.disabled else tuple(self.active)
+
+    def _scale(self, name: str) -> Tensor:
+        return getattr(self.lora_scale, name)
+
+    def _bias_with(self, names: Iterable[str]) -> Tensor | None:
+        """The base bias and the scaled biases of B, in the base weight's dtype."""
+        bias = self.bias
+        for name in names:
+            if name in self.lora_bias:
+                scaled = self._scale(name) * self.lora_bias[name]
+                bias = scaled if bias is None else bias + scaled
+        return bias if bias is None else bias.to(self.weight.dtype)
+
+    # ---- merging -------------------------------------------------------------------------------------------------
+
+    def delta_weight(self, name: str) -> Tensor:
+        """s B A in the shape of `weight`, times the weight it is active with, in float32 (float64 over a float64
+        base).
+        """
+        with torch.autocast(self.weight.device.type, enabled=False):
+            a, b, _ = self.factors(name)
+            dtype = self._sum_dtype()
+            return self._merge_scale(name) * self._product(a.detach().to(dtype), b.detach().to(dtype))
+
+    @torch.no_grad()
+    def merge(
+        self, keep_base: bool = True, measure: Callable[[Tensor, Tensor, Tensor], object] | None = None
+    ) -> object | None:
+        """weight <- weight + sum of s B A over the active adapters, summed in float32 (float64 over a float64 base) and
+        rounded once; likewise the bias. A merged layer stays as it is.
+
+        keep_base: keep the bits of the base in host memory, so that :meth:`unmerge` restores them exactly. A later
+        `merge(keep_base=False)` frees them.
+        measure: called with the weight before, the exact delta and the weight afterwards; its result is returned.
+
+        Raises RuntimeError where :meth:`why_not_merge` names a reason.
+        """
+        if reason := self.why_not_merge():
+            raise RuntimeError(f"merge: {reason}")
+        if self.merged:
+            if not keep_base:
+                self._kept = self._original = None
+            return None
+        names = list(self.active)
+        if keep_base:
+            self._kept = {"weight": self.weight.detach().to("cpu", copy=True), "bias": self._host_bias()}
+        result = None
+        if names:
+            delta = self.delta_weight(names[0])
+            for name in names[1:]:
+                delta += self.delta_weight(name)
+            before = self.weight.detach().clone() if measure is not None else None
+            self.weight.copy_(delta + self.weight)
+            result = measure(before, delta, self.weight.detach()) if measure is not None else None
+            self._merge_bias(names)
+        if not keep_base:
+            self._original = None
+        self.merged = True
+        return result
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the bits of the base back; a layer that is not merged stays as it is.
+
+        Raises RuntimeError after `merge(keep_base=False)`.
+        """
+        if not self.merged:
+            return
+        if self._kept is None:
+            raise RuntimeError("unmerge: the base weights were freed by merge(keep_base=False)")
+        self.weight.copy_(self._kept["weight"])
+        if self._kept["bias"] is not None:
+            self.bias.copy_(self._kept["bias"])
+        elif getattr(self, "bias", None) is not None:
+            self.bias = None
+        self.merged, self._kept = False, None
+
+    def _host_bias(self) -> Tensor | None:
+        bias = getattr(self, "bias", None)
+        return None if bias is None else bias.detach().to("cpu", copy=True)
+
+    def _merge_bias(self, names: Sequence[str]) -> None:
+        biased = [name for name in names if name in self.lora_bias]
+        if not biased:
+            return
+        delta = sum(self._merge_scale(name) * self.lora_bias[name].detach().to(self._sum_dtype()) for name in biased)
+        if self.bias is None:
+            self.bias = nn.Parameter(delta.to(self.weight.dtype), requires_grad=False)
+        else:
+            self.bias.copy_(delta + self.bias)
+
+    def _merge_scale(self, name: str) -> float:
+        # The operator's scale is a float32 tensor, so the merged weight takes the same number.
+        scale = self.adapters[name].scaling * self.active.get(name, 1.0)
+        return torch.tensor(scale, dtype=torch.float32).item()
+
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    # ---- conversions ---------------------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse=True):
+        wide = set()
+        for name, adapter in self.adapters.items():
+            if adapter.adapter_dtype == torch.float32:
+                for parameter in self.factor_parameters(name).values():
+                    wide.update((id(parameter), id(parameter.grad)))
+
+        def factor(tensor):
+            moved = fn(tensor)
+            if id(tensor) not in wide or moved.dtype not in (torch.bfloat16, torch.float16):
+                return moved
+            return tensor.to(moved.device, torch.float32)
+
+        super()._apply(fn, recurse=False)
+        if recurse:
+            for held in (self.lora_a, self.lora_b, self.lora_bias):
+                held._apply(factor)
+            self.lora_scale._apply(fn)
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        for name, adapter in self.adapters.items():
+            dropout = f", dropout={adapter.dropout:g}" if adapter.dropout else ""
+            parts.append(f"{name}: rank={adapter.rank}, alpha={adapter.alpha:g}{dropout}")
+        return "; ".join(parts)
+
+
+class LinearLike(LoRALayer):
+    """LoRA on a layer whose base product is a linear one, on the operator :func:`peftops.ops.lora_linear`."""
 
     # The operator's view of the base weight, [out_features, in_features].
     def _weight(self) -> Tensor:
         return self.weight
 
     @classmethod
-    def adapt_(
-        cls,
-        layer: nn.Module,
-        *,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        init: str = "kaiming",
-        use_rslora: bool = False,
-        factors: tuple[Tensor, Tensor] | None = None,
-    ) -> LoRALayer:
-        """Turn `layer` into a LoRA layer in place: its class changes, its parameters are frozen, factors are added.
-
-        factors: A [rank, in_features] and B [out_features, rank] to take over instead of drawing new ones; they are
-            converted to the dtype and device of the layer's. The other arguments are those of
-            :meth:`LoRALinear.from_linear`.
-
-        Raises TypeError for a layer that :func:`why_not` names a reason against, ValueError for a hyperparameter out of
-        range; the layer is then untouched.
-        """
-        alpha = rank if alpha is None else alpha
-        reason = why_not(layer)
-        if reason is not None:
-            raise TypeError(f"this layer cannot carry LoRA: {reason}")
-        if not issubclass(cls, type(layer)):
-            raise TypeError(f"{cls.__name__} cannot adapt a {type(layer).__name__}")
-        check_hyperparameters(rank, alpha, dropout, init)
-        weight = layer.weight
-        dtype = factor_dtype(weight.dtype, adapter_dtype)
+    def _factor_shapes(cls, layer, rank):
         out_features, in_features = cls._weight(layer).shape
-        if factors is None:
-            lora_a = torch.empty(rank, in_features, dtype=dtype, device=weight.device)
-            lora_b = torch.zeros(out_features, rank, dtype=dtype, device=weight.device)
-            _init_down(lora_a, rank, init)
-        else:
-            lora_a, lora_b = (factor.detach().to(weight.device, dtype, copy=True) for factor in factors)
-        scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
-        scale = torch.full((), scaling, dtype=torch.float32, device=weight.device)
+        return (rank, in_features), (out_features, rank)
 
-        # Nothing below can fail.
-        layer.__class__ = cls
-        layer.rank, layer.alpha, layer.scaling, layer.use_rslora = rank, alpha, scaling, use_rslora
-        layer.lora_dropout, layer.lora_init, layer.adapter_dtype = float(dropout), init, adapter_dtype
-        layer.merged, layer.disabled, layer._base_weight = False, False, None
-        layer.lora_a = nn.ParameterDict({ADAPTER: nn.Parameter(lora_a)})
-        layer.lora_b = nn.ParameterDict({ADAPTER: nn.Parameter(lora_b)})
-        layer.register_buffer("lora_scale", scale, persistent=False)
-        for parameter in layer.parameters(recurse=False):
-            parameter.requires_grad_(False)
-        return layer
+    @classmethod
+    def _start(cls, layer, adapter):
+        dtype = factor_dtype(layer.weight.dtype, adapter.adapter_dtype)
+        start = inits.start(adapter.init, cls._weight(layer).detach(), adapter.rank, adapter.scaling, dtype)
+        return start if start.residual is None else start._replace(residual=cls._stored(start.residual))
 
-    def remove_(self) -> nn.Module:
-        """Take the factors out and give the layer its own class back, in place; weight and bias stay as they are."""
-        for name in _ADDED:
-            delattr(self, name)
-        self.__class__ = self._base_class
-        return self
+    @staticmethod
+    def _stored(matrix: Tensor) -> Tensor:
+        """A matrix [out_features, in_features] in the layout that `weight` has."""
+        return matrix
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features].
+    def _product(self, a, b):
+        return self._stored(b @ a)
 
-        Dropout acts in training mode only; its seed comes from torch's generator, so that checkpointing replays it.
+    def _adapted(self, x, names):
+        bias = self._bias_with(names)
+        if len(names) > 1 and all(self._dropout(name) == 0 for name in names):
+            a = torch.cat([self.lora_a[name] for name in names])
+            b = torch.cat([self._scale(name) * self.lora_b[name] for name in names], dim=1)
+            # 0, and with it the base layer's own path, where every scale is.
+            acting = torch.stack([self._scale(name) for name in names]).abs().amax().sign()
+            return lora_linear(x, self._weight(), bias, a, b, acting)
+        first, *others = names
+        p, seed = self._dropout(first), None
+        if p > 0:
+            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+        y = lora_linear(x, self._weight(), bias, self.lora_a[first], self.lora_b[first], self._scale(first), p, seed)
+        for name in others:
+            y = y + self._low_rank(x, name)
+        return y
+
+    def _dropout(self, name: str) -> float:
+        return self.adapters[name].dropout if self.training else 0.0
+
+    def _low_rank(self, x: Tensor, name: str) -> Tensor:
+        """s drop(x) A^T B^T composed of torch's operators, for an adapter beside another one under dropout: each draws
+        a mask of its own.
         """
-        if self.merged:
-            return super().forward(x)
-        p, seed = 0.0, None
-        # Switched off, the layer must not advance the generator, from which the base model's own dropout draws.
-        if self.training and self.lora_dropout > 0 and not self.disabled:
-            p, seed = self.lora_dropout, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-        lora_a, lora_b = self.lora_a[ADAPTER], self.lora_b[ADAPTER]
-        return lora_linear(x, self._weight(), self.bias, lora_a, lora_b, self.lora_scale, p, seed)
-
-    def delta_weight(self) -> Tensor:
-        """s B A, [out_features, in_features], in float32 (float64 over a float64 base)."""
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        with torch.autocast(self.weight.device.type, enabled=False):
-            # The operator's scale is a float32 tensor, so the merged weight takes the same number.
-            scale = torch.tensor(self.scaling, dtype=torch.float32).item()
-            return scale * (self.lora_b[ADAPTER].detach().to(dtype) @ self.lora_a[ADAPTER].detach().to(dtype))
-
-    @torch.no_grad()
-    def merge(self, keep_base: bool = True) -> None:
-        """weight <- weight + s B A, summed in float32 (float64 over a float64 base) and rounded once.
-
-        A merged layer stays as it is.
-
-        keep_base: keep the base weight's bits in host memory, so that :meth:`unmerge` restores them exactly. A later
-        `merge(keep_base=False)` frees them.
-        """
-        if not self.merged:
-            delta = self.delta_weight()
-            if keep_base:
-                self._base_weight = self.weight.detach().to("cpu", copy=True)
-            weight = self._weight()
-            weight.copy_(delta.add_(weight))
-            self.merged = True
-        elif not keep_base:
-            self._base_weight = None
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight's bits back; a layer that is not merged stays as it is.
-
-        Raises RuntimeError after `merge(keep_base=False)`.
-        """
-        if not self.merged:
-            return
-        if self._base_weight is None:
-            raise RuntimeError("unmerge: the base weights were freed by merge(keep_base=False)")
-        self.weight.copy_(self._base_weight)
-        self.merged, self._base_weight = False, None
-
-    def set_disabled(self, disabled: bool) -> None:
-        """Switch the adapter off or on. Off, the operator takes the base layer's own path, bit for bit.
-
-        The scale gets a new tensor and is not written in place: a graph that was recorded before may still need the
-        old value.
-        """
-        self.disabled = disabled
-        self.lora_scale = self._fresh_scale(self.lora_scale.device)
-
-    def reset_lora_parameters(self) -> None:
-        """Draw A anew and set B to 0: for factors that come from the meta device by way of `to_empty`."""
-        with torch.no_grad():
-            _init_down(self.lora_a[ADAPTER], self.rank, self.lora_init)
-            self.lora_b[ADAPTER].zero_()
-
-    def _fresh_scale(self, device: torch.device) -> Tensor:
-        return torch.full((), 0.0 if self.disabled else self.scaling, dtype=torch.float32, device=device)
-
-    def _apply(self, fn, recurse=True):
-        def base(tensor):
-            moved = fn(tensor)
-            # The scale is refilled and not converted: bfloat16 would round it, to_empty would leave it uninitialised.
-            return self._fresh_scale(moved.device) if tensor is scale and moved is not tensor else moved
-
-        def factor(tensor):
-            moved = fn(tensor)
-            if self.adapter_dtype != torch.float32 or moved.dtype not in (torch.bfloat16, torch.float16):
-                return moved
-            return tensor.to(moved.device, torch.float32)
-
-        scale = self.lora_scale
-        super()._apply(base, recurse=False)
-        if recurse:
-            self.lora_a._apply(factor)
-            self.lora_b._apply(factor)
-        return self
-
-    def extra_repr(self) -> str:
-        dropout = f", dropout={self.lora_dropout:g}" if self.lora_dropout else ""
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}{dropout}"
+        dropped = nn.functional.dropout(x, self._dropout(name)).to(self.lora_a[name].dtype)
+        low = nn.functional.linear(nn.functional.linear(dropped, self.lora_a[name]), self.lora_b[name])
+        return (self._scale(name) * low).to(x.dtype)
 
 
-class LoRALinear(LoRALayer, nn.Linear):
-    """`nn.Linear` with a LoRA adapter on the operator :func:`peftops.ops.lora_linear`; made by :meth:`from_linear`.
+class LoRALinear(LinearLike, nn.Linear):
+    """`nn.Linear` with LoRA adapters on the operator :func:`peftops.ops.lora_linear`; made by :meth:`from_linear`.
 
     weight [out_features, in_features] and bias [out_features] are frozen; lora_a [rank, in_features] and lora_b
     [out_features, rank] are trained. Input [..., in_features], output [..., out_features].
     """
 
     _base_class = nn.Linear
-
-    def __init__(self, *_args, **_kwargs) -> None:
-        raise TypeError("LoRALinear adapts an existing layer: use LoRALinear.from_linear(linear, rank=...)")
 
     @classmethod
     def from_linear(
@@ -251,8 +489,9 @@ class LoRALinear(LoRALayer, nn.Linear):
         alpha: float | None = None,
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
-        init: str = "kaiming",
+        init: str | Callable = "kaiming",
         use_rslora: bool = False,
+        lora_bias: bool = False,
     ) -> LoRALinear:
         """A new layer on the parameters of `linear` (the same objects, now frozen); `linear` itself keeps its class.
 
@@ -260,8 +499,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         alpha: s = alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski, 2023); None = rank.
         dropout: p of the dropout on the adapter's input, in training mode only.
         adapter_dtype: None = the base weight's, or `torch.float32`.
-        init: "kaiming" draws A as `nn.Linear` does, U(-1/sqrt(in_features), 1/sqrt(in_features)); "gaussian" draws
-            N(0, 1/rank^2). B starts at 0.
+        init: one of :mod:`peftops.nn.inits`; "kaiming" draws A as `nn.Linear` does and sets B to 0.
+        lora_bias: whether B has a bias, which is scaled by s as well.
 
         Raises TypeError for a layer that cannot carry LoRA, ValueError for a hyperparameter out of range.
         """
@@ -271,28 +510,16 @@ class LoRALinear(LoRALayer, nn.Linear):
         layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.train(linear.training)
-        return cls.adapt_(
-            layer,
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            adapter_dtype=adapter_dtype,
-            init=init,
-            use_rslora=use_rslora,
-        )
+        alpha = rank if alpha is None else alpha
+        return cls.adapt_(layer, Adapter(rank, alpha, dropout, use_rslora, init, adapter_dtype, lora_bias))
 
 
 def lora_class(layer: nn.Module) -> type[LoRALayer] | None:
-    """The LoRA class for a layer's exact class; None where there is none."""
-    if type(layer) is nn.Linear:
-        return LoRALinear
+    """The LoRA class for a layer's exact class, or for the one that it had before; None where there is none."""
     # A Conv1D can only exist where transformers is loaded already.
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    if transformers is not None and type(layer) is transformers.Conv1D:
-        from .conv1d import LoRAConv1D
-
-        return LoRAConv1D
-    return None
+    if "transformers.pytorch_utils" in sys.modules:
+        from . import conv1d  # noqa: F401  (enters itself)
+    return type(layer) if isinstance(layer, LoRALayer) else _CLASSES.get(type(layer))
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -301,9 +528,10 @@ def why_not(layer: nn.Module) -> str | None:
     if isinstance(layer, LoRALayer):
         return "it carries an adapter already"
     if lora_class(layer) is None:
-        if isinstance(layer, nn.Linear):
-            return f"{kind} is a subclass of nn.Linear, whose weight may be read or stored in another way"
-        return f"{kind} is neither nn.Linear nor transformers' Conv1D"
+        base = next((known for known in _CLASSES if isinstance(layer, known)), None)
+        if base is not None:
+            return f"{kind} is a subclass of nn.{base.__name__}, whose weight may be read or stored in another way"
+        return f"{kind} is neither a linear layer, an embedding nor a convolution that LoRA knows"
     if "weight" not in layer._parameters:
         return "its weight is computed from other parameters (weight_norm, spectral_norm or pruning)"
     if type(layer.weight) is not nn.Parameter:
@@ -313,15 +541,3 @@ def why_not(layer: nn.Module) -> str | None:
     if "forward" in vars(layer):
         return "its forward was replaced on the instance (by accelerate's offloading hooks, for example)"
     return None
-
-
-def _init_down(lora_a: Tensor, rank: int, init: str) -> None:
-    """Draw A on the host in float32, so that a seed gives the same factors on every device and in every dtype."""
-    if lora_a.is_meta:
-        return
-    drawn = torch.empty(lora_a.shape, dtype=torch.float32, device="cpu")
-    if init == "gaussian":
-        nn.init.normal_(drawn, std=1 / rank)
-    elif drawn.numel():
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-    lora_a.copy_(drawn)
