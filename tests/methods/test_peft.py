@@ -110,6 +110,7 @@ def test_a_directory_of_theirs_gives_the_same_output_here_and_back(case, tmp_pat
     # Theirs also holds copies that nobody reads, and embeddings as they are in the base model.
     more = [key for key in written[0].keys() - written[1].keys() if ".modules_to_save." not in key]
     assert all("base_layer.weight" in key or "original_module" in key for key in more)
+    assert not any("base_layer.weight" in key for key in written[1])
     assert all(torch.equal(tensor, written[0][key]) for key, tensor in written[1].items())
     back = peft.PeftModel.from_pretrained(third, tmp_path / "ours").eval()
     assert torch.equal(outputs(back, arguments), expected)

@@ -6,7 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -77,6 +77,9 @@ BLOCKS = st.one_of(st.none(), st.sampled_from(["layers", "h", "experts"]), st.li
 
 
 @settings(max_examples=400, deadline=None)
+@example("a.layers.1.experts.0.q", ["q"], None, 1, None)  # the first number counts
+@example("a.layers.1.experts.0.q", ["q"], None, 0, None)
+@example("a.layers.1.experts.0.q", ["q"], None, [0], ["experts", "layers"])
 @given(NAME, st.one_of(NAMES, PATTERN), st.one_of(st.none(), NAMES, PATTERN), NUMBERS, BLOCKS)
 def test_names_are_matched_as_peft_does(name, target_modules, exclude_modules, numbers, blocks):
     if isinstance(target_modules, str) or numbers is None:

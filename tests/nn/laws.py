@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peftops.nn.lora import Adapter, Factors, LoRALayer, lora_class
+from peftops.nn.adapter import Adapter, Factors
+from peftops.nn.lora import LoRALayer, lora_class
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -9,8 +9,9 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Conv1d as PeftConv1d
 from peft.tuners.lora.layer import Conv2d as PeftConv2d
 from peft.tuners.lora.layer import Conv3d as PeftConv3d
+from peftops.nn.adapter import Adapter
 from peftops.nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
-from peftops.nn.lora import Adapter, lora_class, why_not
+from peftops.nn.lora import lora_class, why_not
 from torch import nn
 
 from . import laws

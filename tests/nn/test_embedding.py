@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import Embedding as PeftEmbedding
+from peftops.nn.adapter import Adapter
 from peftops.nn.embedding import LoRAEmbedding
-from peftops.nn.lora import Adapter, why_not
+from peftops.nn.lora import why_not
 from torch import nn
 
 from . import laws

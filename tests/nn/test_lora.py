@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peftops.nn import LoRALinear
-from peftops.nn.lora import ADAPTER, Adapter, LoRALayer, lora_class
+from peftops.nn.adapter import ADAPTER, Adapter
+from peftops.nn.lora import LoRALayer, lora_class
 from peftops.ops import lora_dropout_mask
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -1,11 +1,12 @@
 """Published methods of parameter-efficient fine-tuning, put into any model by :func:`attach`."""
 
+from .attach import attach, load
 from .check_trainable import Finding, TrainableReport, check_trainable
 from .combine import Combination, CombinedLayer, combine
 from .lora import LoRA
 from .merge_report import LayerError, MergeReport, OutputChange
 from .summary import Summary, TrainedModule
-from .tuning import Tuning, attach, load
+from .tuning import Tuning
 
 __all__ = [
     "Combination",

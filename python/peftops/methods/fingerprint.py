@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..nn.dtensor import whole
 from ..nn.lora import LoRALayer
 
 SAMPLE = 256
@@ -63,4 +64,4 @@ def _sample(name: str, weight: Tensor) -> Tensor:
     count = min(SAMPLE, weight.numel())
     places = torch.arange(count) * weight.numel() // max(count, 1)
     indices = torch.unravel_index(places.to(weight.device), weight.shape)
-    return weight[indices].to("cpu").to(torch.float64)
+    return whole(weight)[indices].to("cpu").to(torch.float64)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..nn.lora import Adapter, Factors, factor_dtype, lora_class
+from ..nn.adapter import Adapter, Factors, factor_dtype
+from ..nn.lora import lora_class
 from .targets import Choice, check_pattern, find_modules, find_targets, first_match, names
 
 BIASES = ("none", "all", "lora_only")

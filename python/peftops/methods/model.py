@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 
 from torch import nn
@@ -14,6 +15,7 @@ def plain_model(model: nn.Module, action: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{action}: model is a {type(model).__name__}, but it must be a torch.nn.Module")
     model = getattr(model, "_orig_mod", model)
+    check_not_fully_sharded(model, action)
     present = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
     if present:
         raise RuntimeError(
@@ -26,6 +28,15 @@ def plain_model(model: nn.Module, action: str) -> nn.Module:
             "peftops.integrations.hf_peft.accelerate"
         )
     return model
+
+
+def check_not_fully_sharded(model: nn.Module, action: str) -> None:
+    """Raise RuntimeError under FSDP2, which would neither shard new factors nor sum their gradients."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise RuntimeError(
+            f"{action}: not possible once fully_shard has taken the model; put all adapters in before it"
+        )
 
 
 def all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..nn.lora import LinearLike
+from ..nn.linear import LinearLike
 from .lora import LoRA
 from .targets import HEADS, Choice, find_modules, first_match, module_names
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import inits
+from ..nn.adapter import BASE_DTYPES, Adapter, Factors, name_of
 from ..nn.dtensor import whole
-from ..nn.lora import BASE_DTYPES, Adapter, Factors, LinearLike, LoRALayer, lora_class, name_of
+from ..nn.linear import LinearLike
+from ..nn.lora import LoRALayer, lora_class
 from .files import PREFIX
 from .fingerprint import fingerprint
 from .lora import LoRA, Plan, check_layer, find_biases, unused_patterns
@@ -65,7 +67,7 @@ def _check_start(path: str, layer: LoRALayer, name: str) -> None:
         return
     residual = layer.weight if layer._kept is None else layer._kept["weight"]
     if layer._original is not None:
-        residual, original = residual.detach().cpu().double(), layer._original.double()
+        residual, original = whole(residual.detach()).cpu().double(), layer._original.double()
         delta = layer.adapters[name].scaling * layer._product(initial.a.cpu().double(), initial.b.cpu().double())
         size = original.norm() + delta.norm()
         if (original - delta - residual).norm() <= 4 * torch.finfo(layer.weight.dtype).eps * size:

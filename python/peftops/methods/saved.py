@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..nn.dtensor import is_dtensor, spread_like
+
 
 class Saved:
     """Tensors of a model that an adapter has its own values for, with a copy of the values they had before.
@@ -47,7 +49,20 @@ class Saved:
     def assign(self, values: dict[str, Tensor]) -> None:
         """Give the adapter these values, by full name."""
         for name, tensor in self.tensors().items():
-            tensor.copy_(values[name])
+            tensor.copy_(spread_like(values[name], tensor))
+
+    def check_movable(self, entered: bool) -> None:
+        """Raise RuntimeError where :meth:`enter` (`entered`) or :meth:`leave` would exchange a DTensor's storage, of
+        which other modules of torch hold views.
+        """
+        if entered == (self._own is None):
+            return
+        for name, tensor in self._live().items():
+            if is_dtensor(tensor):
+                raise RuntimeError(
+                    f"{name} is spread over processes and cannot take its other value; modules_to_save and trained "
+                    "biases are switched where nothing is sharded"
+                )
 
     def leave(self) -> None:
         """Give the model its own values back and keep the adapter's; the storages are exchanged."""

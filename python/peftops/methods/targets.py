@@ -9,7 +9,8 @@ from functools import lru_cache
 
 from torch import nn
 
-from ..nn.lora import LinearLike, LoRALayer, lora_class, why_not
+from ..nn.linear import LinearLike
+from ..nn.lora import LoRALayer, lora_class, why_not
 
 ALL_LINEAR = "all-linear"
 # The names that PEFT takes for the head of a sequence classification model, the first one found counts.

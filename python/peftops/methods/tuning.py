@@ -13,46 +13,16 @@ import torch
 from torch import nn
 
 from ..nn import inits
-from ..nn.lora import ADAPTER, LoRALayer, check_name, lora_class
+from ..nn.adapter import check_name
+from ..nn.dtensor import is_dtensor
+from ..nn.lora import LoRALayer, lora_class
 from .files import load_adapter, save_adapter
 from .lora import LoRA, Plan, plan
 from .merge_report import MergeReport, compare_outputs, measure_layer, run_probe
-from .model import all_parameters, check_not_tied, owners, plain_model
+from .model import all_parameters, check_not_fully_sharded, check_not_tied, owners
 from .peft_files import Loaded, from_files, to_files
 from .saved import Saved
 from .summary import Summary, TrainedModule
-
-
-def attach(model: nn.Module, method: LoRA, name: str = ADAPTER) -> Tuning:
-    """Put `method` into `model`, in place, and return the handle that trains, saves, merges and removes it.
-
-    The model keeps its class, its parameter names and their order; all of its parameters are frozen but those that the
-    method trains. Right after it the output is the base model's. Everything is checked before anything changes.
-
-    name: of the adapter, where there will be several.
-
-    Raises TypeError for something that is no method or a target that cannot be adapted, ValueError for a target that
-    matches nothing or a hyperparameter that does not fit, RuntimeError for a model that carries adapters already.
-    """
-    if not isinstance(method, LoRA):
-        raise TypeError(f"attach: method is {method!r}, but it must be a method such as peftops.LoRA(...)")
-    model = plain_model(model, "attach")
-    return Tuning(model, name, method, plan(model, method), trainable=True)
-
-
-def load(model: nn.Module, directory: str | os.PathLike, trainable: bool = False, name: str = ADAPTER) -> Tuning:
-    """Attach the adapter in `directory`, in Hugging Face PEFT's format, to `model`, in place.
-
-    trainable: whether training goes on; otherwise everything is frozen. Factors keep the dtype of the file where it is
-    the base weight's, or float32 over a 16-bit base; any other is widened to float32.
-
-    Raises FileNotFoundError or ValueError, naming the file, for one that is missing, damaged, a pickle, of another
-    method, uses a key that is not supported, or does not fit the model (missing, unexpected and mis-shaped tensors are
-    listed); otherwise as :func:`attach`. The model is then untouched.
-    """
-    model = plain_model(model, "load")
-    loaded = _read(model, directory, "load")
-    return Tuning(model, name, loaded.method, loaded.plan, trainable, loaded.saved_values)
 
 
 @dataclass
@@ -70,7 +40,7 @@ class _Entry:
 
 
 class Tuning:
-    """The adapters of one model, made by :func:`attach` or :func:`load`.
+    """The adapters of one model, made by :func:`peftops.attach` or :func:`peftops.load`.
 
     model: the adapted model; adapters: name -> method, in the order in which they were added; active: name -> weight by
     which the adapter's scale is multiplied.
@@ -141,26 +111,30 @@ class Tuning:
     ) -> None:
         """Put one more adapter beside those that are there, not active yet.
 
-        source: a method, or a directory as for :func:`load`; trainable: whether it is trained; capacity: ranks to hold
-            memory for, so that :meth:`swap` can take over a larger adapter without a recompilation.
+        source: a method, or a directory as for :func:`peftops.load`.
+        trainable: whether it is trained.
+        capacity: ranks to hold memory for, so that :meth:`swap` can take over a larger adapter without a recompilation.
 
-        Raises what :func:`attach` and :func:`load` raise, ValueError for a name that is taken and for an initialisation
-        that changes the base weights, under which the other adapters were trained. The model is then untouched.
+        Raises what :func:`peftops.attach` and :func:`peftops.load` raise, ValueError for a name that is taken and for
+        an initialisation that changes the base weights, under which the other adapters were trained. The model is then
+        untouched.
         """
         self._check("add", merged=False)
+        check_not_fully_sharded(self.model, "add")
         check_name(name)
         if name in self._entries:
             raise ValueError(f"add: name is {name!r}, but there is an adapter of that name; swap() replaces it")
         if isinstance(source, LoRA):
             method, what, values = source, plan(self.model, source), None
         elif isinstance(source, (str, os.PathLike)):
-            loaded = _read(self.model, source, "add")
+            loaded = read(self.model, source, "add")
             method, what, values = loaded.method, loaded.plan, loaded.saved_values
         else:
             raise TypeError(f"add: source is {source!r}, but it must be a method or a directory")
         self._check_base_unchanged(what)
         check_not_tied(self.model, what.saved)
         frozen = {key: p.requires_grad for key, p in all_parameters(self.model)}
+        self._check_movable()
         with self._base_values():
             self._insert(name, method, what, trainable, values, capacity)
             self._entries[name].saved.leave()
@@ -186,6 +160,8 @@ class Tuning:
                         f"activate: {owner[tensor]!r} and {name!r} both have {tensor}; one of them can be active"
                     )
                 owner[tensor] = name
+        for name, entry in self._entries.items():
+            entry.saved.check_movable(name in weights)
         self.active = weights
         self._apply_activation()
 
@@ -193,15 +169,17 @@ class Tuning:
         """Put the adapter in `directory` into the place of `name`, which stays active and trainable as it was.
 
         Nothing is recompiled where it adapts no other layers and its rank is at most the capacity. Raises what
-        :func:`load` raises, ValueError for a name that is not there. The model is then untouched.
+        :func:`peftops.load` raises, ValueError for a name that is not there. The model is then untouched.
         """
         self._check("swap", merged=False)
+        check_not_fully_sharded(self.model, "swap")
         entry = self._entry(name, "swap")
-        loaded = _read(self.model, directory, "swap")
+        loaded = read(self.model, directory, "swap")
         self._check_base_unchanged(loaded.plan)
         check_not_tied(self.model, loaded.plan.saved)
         layers, factors = loaded.plan.layers, loaded.plan.factors
-        places = {*entry.layers, *entry.blank}
+        places = dict.fromkeys((*entry.layers, *entry.blank))  # in one order on all ranks
+        self._check_movable()
         with self._base_values():
             new = [path for path in layers if path not in places]
             self._fill(name, {path: layers[path] for path in new}, factors)
@@ -215,7 +193,7 @@ class Tuning:
             saved.assign(loaded.saved_values)
             saved.leave()
         entry.method, entry.saved, entry.skipped = loaded.method, saved, loaded.plan.skipped
-        entry.layers, entry.blank = list(layers), sorted(places - layers.keys())
+        entry.layers, entry.blank = list(layers), sorted(places.keys() - layers.keys())
         for path in new:
             self.model.get_submodule(path).requires_grad_(False)
         self._apply_activation()
@@ -225,6 +203,7 @@ class Tuning:
         :meth:`detach` takes out.
         """
         self._check("delete", merged=False)
+        check_not_fully_sharded(self.model, "delete")
         entry = self._entry(name, "delete")
         if len(self._entries) == 1:
             raise ValueError(f"delete: {name!r} is the only adapter; detach() takes it out")
@@ -241,7 +220,8 @@ class Tuning:
         """Write one adapter in Hugging Face PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
         name: which one; None = the only one there is, or the only one that is active. Existing files of these names
-        are replaced, each in one step. Raises ImportError without safetensors, ValueError where `name` is needed.
+        are replaced, each in one step. Where the model is sharded every rank has to call it; the first one writes.
+        Raises ImportError without safetensors, ValueError where `name` is needed.
         """
         self._check("save")
         if name is None:
@@ -252,7 +232,9 @@ class Tuning:
         entry = self._entry(name, "save")
         layers = {path: self.model.get_submodule(path) for path in entry.layers}
         config, tensors = to_files(self.model, entry.method, name, layers, entry.saved)
-        save_adapter(directory, config, tensors)
+        spread = any(is_dtensor(parameter) for parameter in self.model.parameters())
+        if not spread or torch.distributed.get_rank() == 0:
+            save_adapter(directory, config, tensors)
 
     # ---- merging -------------------------------------------------------------------------------------------------
 
@@ -319,6 +301,7 @@ class Tuning:
             return
         self._check("disabled")
         self._check_base("disabled")
+        self._check_movable()
         layers = self._layers().values()
         merged = [layer for layer in layers if layer.merged]
         with ExitStack() as stack:
@@ -341,6 +324,7 @@ class Tuning:
         cannot be used any more.
         """
         self._check("detach")
+        check_not_fully_sharded(self.model, "detach")
         if not self._base_freed():
             self.unmerge()
             for entry in self._entries.values():
@@ -472,6 +456,18 @@ class Tuning:
         if self._base_freed():
             raise RuntimeError(f"{action}: the base weights were freed by merge(keep_base=False)")
 
+    def _check_movable(self) -> None:
+        """Raise RuntimeError where the base model's values cannot come back for a while."""
+        for entry in self._entries.values():
+            entry.saved.check_movable(False)
+        for path, layer in self._layers().items():
+            if layer.initial and is_dtensor(layer.weight):
+                init = next(layer.adapters[name].init for name in layer.initial)
+                raise RuntimeError(
+                    f"{path}.weight was changed by init {init!r} and is spread over processes: it cannot be switched "
+                    "to its original"
+                )
+
     def _check(self, action: str, merged: bool = True) -> None:
         if not self._attached:
             raise RuntimeError(f"{action}: this adapter was taken out by detach()")
@@ -502,7 +498,8 @@ class Tuning:
                 parameter.requires_grad_(self._requires_grad[name])
 
 
-def _read(model: nn.Module, directory: str | os.PathLike, action: str) -> Loaded:
+def read(model: nn.Module, directory: str | os.PathLike, action: str) -> Loaded:
+    """The adapter in `directory`, compared with the model; what is wrong is named, after `action`."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise RuntimeError(f"{action}: the model has parameters on the meta device; materialise it first")
     config, tensors = load_adapter(directory)

@@ -2,6 +2,6 @@
 
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
-from .lora import LoRALinear
+from .linear import LoRALinear
 
 __all__ = ["LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRAEmbedding", "LoRALinear"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .lora import LinearLike
+from .linear import LinearLike
 
 
 class LoRAConv1D(LinearLike, Conv1D):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import inits
-from .lora import Adapter, LoRALayer, factor_dtype, why_not
+from .adapter import Adapter, factor_dtype
+from .lora import LoRALayer, why_not
 
 
 class LoRAEmbedding(LoRALayer, nn.Embedding):

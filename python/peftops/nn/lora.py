@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import lora_linear
 from . import inits
 from .adapter import ADAPTER, BASE_DTYPES, Adapter, ByName, Factors, Scales, check_name, factor_dtype, name_of
+from .dtensor import is_dtensor
 
 # Everything that adapt_ gives to a layer: remove_ takes it away again.
 _ADDED = ("adapters", "active", "disabled", "merged", "initial", "_kept", "_original")
@@ -149,6 +149,8 @@ class LoRALayer(nn.Module):
                     held[name] = nn.Parameter(value, requires_grad=self.lora_b[name].requires_grad)
                 elif held[name].shape == value.shape and held[name].dtype == value.dtype:
                     held[name].copy_(value)
+                elif is_dtensor(value):  # whose storage cannot be exchanged
+                    held[name] = nn.Parameter(value, requires_grad=held[name].requires_grad)
                 else:
                     held[name].data = value
         self.adapters[name] = adapter
@@ -272,6 +274,19 @@ class LoRALayer(nn.Module):
         for name, adapter in self.adapters.items():
             value = 0.0 if self.disabled else adapter.scaling * self.active.get(name, 0.0)
             self.lora_scale.put(name, value, self.weight.device)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and is_dtensor(param) and not is_dtensor(self._parameters.get("weight")):
+            raise RuntimeError(
+                "a layer with an adapter cannot be parallelized: its factors would keep their shape; call "
+                "parallelize_module first, then peftops.attach or peftops.load"
+            )
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # load_state_dict(assign=True) brings a layer off the meta device, but no scale: they are not in a state_dict.
+        self._refresh_scales()
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -416,110 +431,19 @@ class LoRALayer(nn.Module):
         return "; ".join(parts)
 
 
-class LinearLike(LoRALayer):
-    """LoRA on a layer whose base product is a linear one, on the operator :func:`peftops.ops.lora_linear`."""
-
-    # The operator's view of the base weight, [out_features, in_features].
-    def _weight(self) -> Tensor:
-        return self.weight
-
-    @classmethod
-    def _factor_shapes(cls, layer, rank):
-        out_features, in_features = cls._weight(layer).shape
-        return (rank, in_features), (out_features, rank)
-
-    @classmethod
-    def _start(cls, layer, adapter):
-        dtype = factor_dtype(layer.weight.dtype, adapter.adapter_dtype)
-        start = inits.start(adapter.init, cls._weight(layer).detach(), adapter.rank, adapter.scaling, dtype)
-        return start if start.residual is None else start._replace(residual=cls._stored(start.residual))
-
-    @staticmethod
-    def _stored(matrix: Tensor) -> Tensor:
-        """A matrix [out_features, in_features] in the layout that `weight` has."""
-        return matrix
-
-    def _product(self, a, b):
-        return self._stored(b @ a)
-
-    def _adapted(self, x, names):
-        bias = self._bias_with(names)
-        if len(names) > 1 and all(self._dropout(name) == 0 for name in names):
-            a = torch.cat([self.lora_a[name] for name in names])
-            b = torch.cat([self._scale(name) * self.lora_b[name] for name in names], dim=1)
-            # 0, and with it the base layer's own path, where every scale is.
-            acting = torch.stack([self._scale(name) for name in names]).abs().amax().sign()
-            return lora_linear(x, self._weight(), bias, a, b, acting)
-        first, *others = names
-        p, seed = self._dropout(first), None
-        if p > 0:
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-        y = lora_linear(x, self._weight(), bias, self.lora_a[first], self.lora_b[first], self._scale(first), p, seed)
-        for name in others:
-            y = y + self._low_rank(x, name)
-        return y
-
-    def _dropout(self, name: str) -> float:
-        return self.adapters[name].dropout if self.training else 0.0
-
-    def _low_rank(self, x: Tensor, name: str) -> Tensor:
-        """s drop(x) A^T B^T composed of torch's operators, for an adapter beside another one under dropout: each draws
-        a mask of its own.
-        """
-        dropped = nn.functional.dropout(x, self._dropout(name)).to(self.lora_a[name].dtype)
-        low = nn.functional.linear(nn.functional.linear(dropped, self.lora_a[name]), self.lora_b[name])
-        return (self._scale(name) * low).to(x.dtype)
-
-
-class LoRALinear(LinearLike, nn.Linear):
-    """`nn.Linear` with LoRA adapters on the operator :func:`peftops.ops.lora_linear`; made by :meth:`from_linear`.
-
-    weight [out_features, in_features] and bias [out_features] are frozen; lora_a [rank, in_features] and lora_b
-    [out_features, rank] are trained. Input [..., in_features], output [..., out_features].
-    """
-
-    _base_class = nn.Linear
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        init: str | Callable = "kaiming",
-        use_rslora: bool = False,
-        lora_bias: bool = False,
-    ) -> LoRALinear:
-        """A new layer on the parameters of `linear` (the same objects, now frozen); `linear` itself keeps its class.
-
-        rank: rank r of the adapter; above min(in_features, out_features) is legal.
-        alpha: s = alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski, 2023); None = rank.
-        dropout: p of the dropout on the adapter's input, in training mode only.
-        adapter_dtype: None = the base weight's, or `torch.float32`.
-        init: one of :mod:`peftops.nn.inits`; "kaiming" draws A as `nn.Linear` does and sets B to 0.
-        lora_bias: whether B has a bias, which is scaled by s as well.
-
-        Raises TypeError for a layer that cannot carry LoRA, ValueError for a hyperparameter out of range.
-        """
-        reason = why_not(linear)
-        if reason is not None:
-            raise TypeError(f"from_linear: this layer cannot carry LoRA: {reason}")
-        layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.train(linear.training)
-        alpha = rank if alpha is None else alpha
-        return cls.adapt_(layer, Adapter(rank, alpha, dropout, use_rslora, init, adapter_dtype, lora_bias))
-
-
 def lora_class(layer: nn.Module) -> type[LoRALayer] | None:
     """The LoRA class for a layer's exact class, or for the one that it had before; None where there is none."""
     # A Conv1D can only exist where transformers is loaded already.
     if "transformers.pytorch_utils" in sys.modules:
         from . import conv1d  # noqa: F401  (enters itself)
-    return type(layer) if isinstance(layer, LoRALayer) else _CLASSES.get(type(layer))
+    if isinstance(layer, LoRALayer):
+        return type(layer)
+    found = _CLASSES.get(type(layer))
+    if type(layer) is nn.Linear and is_dtensor(layer._parameters.get("weight")):
+        from .tensor_parallel import ShardedLoRALinear
+
+        return ShardedLoRALinear
+    return found
 
 
 def why_not(layer: nn.Module) -> str | None:
@@ -534,6 +458,10 @@ def why_not(layer: nn.Module) -> str | None:
         return f"{kind} is neither a linear layer, an embedding nor a convolution that LoRA knows"
     if "weight" not in layer._parameters:
         return "its weight is computed from other parameters (weight_norm, spectral_norm or pruning)"
+    if is_dtensor(layer.weight):
+        from . import tensor_parallel
+
+        return tensor_parallel.why_not(layer)
     if type(layer.weight) is not nn.Parameter:
         return f"its weight is a {type(layer.weight).__name__}, not a plain parameter"
     if layer.weight.dtype not in BASE_DTYPES:

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from ..ops import lora_dropout_mask, lora_linear
 from . import inits
-from .lora import Factors, LoRALinear
+from .adapter import Factors
+from .linear import LoRALinear
 
 COLUMN, ROW = Shard(0), Shard(1)
 

@@ -1,0 +1,111 @@
+"""LoRA on linear layers, on the operator :func:`peftops.ops.lora_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import lora_linear
+from . import inits
+from .adapter import Adapter, factor_dtype
+from .lora import LoRALayer, why_not
+
+
+class LinearLike(LoRALayer):
+    """LoRA on a layer whose base product is a linear one, on the operator :func:`peftops.ops.lora_linear`."""
+
+    # The operator's view of the base weight, [out_features, in_features].
+    def _weight(self) -> Tensor:
+        return self.weight
+
+    @classmethod
+    def _factor_shapes(cls, layer, rank):
+        out_features, in_features = cls._weight(layer).shape
+        return (rank, in_features), (out_features, rank)
+
+    @classmethod
+    def _start(cls, layer, adapter):
+        dtype = factor_dtype(layer.weight.dtype, adapter.adapter_dtype)
+        start = inits.start(adapter.init, cls._weight(layer).detach(), adapter.rank, adapter.scaling, dtype)
+        return start if start.residual is None else start._replace(residual=cls._stored(start.residual))
+
+    @staticmethod
+    def _stored(matrix: Tensor) -> Tensor:
+        """A matrix [out_features, in_features] in the layout that `weight` has."""
+        return matrix
+
+    def _product(self, a, b):
+        return self._stored(b @ a)
+
+    def _adapted(self, x, names):
+        bias = self._bias_with(names)
+        if len(names) > 1 and all(self._dropout(name) == 0 for name in names):
+            a = torch.cat([self.lora_a[name] for name in names])
+            b = torch.cat([self._scale(name) * self.lora_b[name] for name in names], dim=1)
+            # 0, and with it the base layer's own path, where every scale is.
+            acting = torch.stack([self._scale(name) for name in names]).abs().amax().sign()
+            return lora_linear(x, self._weight(), bias, a, b, acting)
+        first, *others = names
+        p, seed = self._dropout(first), None
+        if p > 0:
+            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+        y = lora_linear(x, self._weight(), bias, self.lora_a[first], self.lora_b[first], self._scale(first), p, seed)
+        for name in others:
+            y = y + self._low_rank(x, name)
+        return y
+
+    def _dropout(self, name: str) -> float:
+        return self.adapters[name].dropout if self.training else 0.0
+
+    def _low_rank(self, x: Tensor, name: str) -> Tensor:
+        """s drop(x) A^T B^T composed of torch's operators, for an adapter beside another one under dropout: each draws
+        a mask of its own.
+        """
+        dropped = nn.functional.dropout(x, self._dropout(name)).to(self.lora_a[name].dtype)
+        low = nn.functional.linear(nn.functional.linear(dropped, self.lora_a[name]), self.lora_b[name])
+        return (self._scale(name) * low).to(x.dtype)
+
+
+class LoRALinear(LinearLike, nn.Linear):
+    """`nn.Linear` with LoRA adapters on the operator :func:`peftops.ops.lora_linear`; made by :meth:`from_linear`.
+
+    weight [out_features, in_features] and bias [out_features] are frozen; lora_a [rank, in_features] and lora_b
+    [out_features, rank] are trained. Input [..., in_features], output [..., out_features].
+    """
+
+    _base_class = nn.Linear
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        init: str | Callable = "kaiming",
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+    ) -> LoRALinear:
+        """A new layer on the parameters of `linear` (the same objects, now frozen); `linear` itself keeps its class.
+
+        rank: rank r of the adapter; above min(in_features, out_features) is legal.
+        alpha: s = alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski, 2023); None = rank.
+        dropout: p of the dropout on the adapter's input, in training mode only.
+        adapter_dtype: None = the base weight's, or `torch.float32`.
+        init: one of :mod:`peftops.nn.inits`; "kaiming" draws A as `nn.Linear` does and sets B to 0.
+        lora_bias: whether B has a bias, which is scaled by s as well.
+
+        Raises TypeError for a layer that cannot carry LoRA, ValueError for a hyperparameter out of range.
+        """
+        reason = why_not(linear)
+        if reason is not None:
+            raise TypeError(f"from_linear: this layer cannot carry LoRA: {reason}")
+        layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.train(linear.training)
+        alpha = rank if alpha is None else alpha
+        return cls.adapt_(layer, Adapter(rank, alpha, dropout, use_rslora, init, adapter_dtype, lora_bias))
