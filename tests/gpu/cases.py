@@ -224,6 +224,8 @@ def use(setting: Setting) -> Iterator[Case]:
         modules.compiled,
         modules.graph_draws_new_masks,
         modules.training,
+        modules.several_adapters,
+        modules.graph_sees_swapped_weights,
     ):
         yield Case(check.__name__, lambda check=check: check(setting.device))
 

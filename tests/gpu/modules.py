@@ -153,3 +153,64 @@ def training(device: Cuda | Rehearsal) -> None:
     tuning.detach()
     plain = copy.deepcopy(base).to(device.device)
     assert same_bits(model(inputs), plain(inputs)), "detach did not restore the model"
+
+
+class _Net(torch.nn.Module):
+    """One layer of each kind that takes LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(50, 48)
+        self.linear = torch.nn.Linear(48, 64)
+        self.conv = torch.nn.Conv1d(64, 32, 3, padding=1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.conv(torch.relu(self.linear(self.embed(ids))).transpose(1, 2))
+
+
+def several_adapters(device: Cuda | Rehearsal) -> None:
+    """Embedding, linear layer and convolution with two adapters: outputs and gradients are those of the CPU, for every
+    choice of active ones, and merging is undone.
+    """
+    torch.manual_seed(0)
+    host = _Net()
+    method = peftops.LoRA(rank=4, target_modules=["embed", "linear", "conv"])
+    tuning = peftops.attach(host, method, name="a")
+    tuning.add("b", method, trainable=True)
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter.normal_(std=0.2)
+    twin = copy.deepcopy(tuning)
+    twin.model.to(device.device)
+    ids = torch.randint(50, (8, 20))
+    for active in ("a", "b", {"a": 0.5, "b": -2.0}, None):
+        results = []
+        for one, where in ((tuning, torch.device("cpu")), (twin, device.device)):
+            one.activate(active)
+            y = one.model(ids.to(where))
+            grads = []
+            if active:
+                one.model.zero_grad()
+                y.square().mean().backward()
+                grads = [p.grad.cpu() for p in one.parameters() if p.grad is not None]
+            results.append([y.detach().cpu(), *grads])
+        torch.testing.assert_close(*results, rtol=2e-4, atol=2e-4, msg=lambda text, active=active: f"{active}: {text}")
+    twin.activate(["a", "b"])
+    before = [p.detach().clone() for p in twin.model.parameters()]
+    twin.merge()
+    twin.unmerge()
+    assert all(same_bits(p, old) for p, old in zip(twin.model.parameters(), before, strict=True)), "unmerge lost bits"
+
+
+def graph_sees_swapped_weights(device: Cuda | Rehearsal) -> None:
+    """A captured forward takes the factors that a swap has put into the captured memory."""
+    module, other = layer(device.device, torch.float32).eval(), layer(device.device, torch.float32).eval()
+    with torch.no_grad():
+        other.lora_b["default"].mul_(-3)
+    x = torch.randn(40, 96).to(device.device)
+    with torch.no_grad():
+        (y,), replay = device.capture(lambda: (module(x),))
+        module.swap_("default", other.adapters["default"], other.factors("default"))
+        replay()
+        device.synchronize()
+        assert same_bits(y, other(x)), "a replay after a swap gives another output than the swapped adapter"
