@@ -1,5 +1,6 @@
 """Tiny random models with a word tokenizer, and data files that such a model can learn in a few steps."""
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -15,17 +16,35 @@ FILLER = ["a", "the", "old", "new", "big", "small", "near", "far"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
-def _tokenizer(classifies: bool) -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + FILLER + ANIMALS + METALS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+def tokenizer(classifies: bool, *more: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words; `more`: words for what would be unknown otherwise."""
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + FILLER + ANIMALS + METALS + list(more))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     if classifies:
-        tokenizer.post_processor = processors.TemplateProcessing(
+        words.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
         )
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     # As GPT-2 and Llama: no padding token of its own.
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]", unk_token="[UNK]")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collection():
+    """Every run collects garbage; what the libraries hold is left out of it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def no_plot():
+    """Half of a tiny run's time goes into its plot, which test_report and test_finetune look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftops.cli.report.plot", lambda path, *_: path.write_bytes(b""))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +52,8 @@ def bert(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-    BertForMaskedLM(BertConfig(vocab_size=22, max_position_embeddings=32, **sizes)).save_pretrained(folder)
-    _tokenizer(True).save_pretrained(folder)
+    BertForMaskedLM(BertConfig(vocab_size=26, max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    tokenizer(True).save_pretrained(folder)
     return folder
 
 
@@ -43,8 +62,8 @@ def llama(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-    LlamaForCausalLM(LlamaConfig(vocab_size=22, max_position_embeddings=32, **sizes)).save_pretrained(folder)
-    _tokenizer(False).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=26, max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    tokenizer(False).save_pretrained(folder)
     return folder
 
 

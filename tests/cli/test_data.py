@@ -1,9 +1,11 @@
 """Reading, splitting and batching of the training texts."""
 
 import json
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-import torch
 from peftops.cli import data
 from peftops.cli.errors import InputError
 
@@ -23,6 +25,37 @@ def test_jsonl_and_csv_give_the_same_rows(tmp_path):
         got = data.read(path, "auto", "text", None)
         assert [(row.text, row.label) for row in got] == rows
     assert [row.line for row in data.read(jsonl, "auto", "text", None)] == [1, 3, 5]
+
+
+def test_parquet_gives_the_same_rows(tmp_path):
+    rows = [{"text": "a, b", "label": "x"}, {"text": "p\u00e4per", "label": "y"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    got = data.read(tmp_path / "d.parquet", "auto", "text", None)
+    assert [(row.text, row.label, row.line) for row in got] == [("a, b", "x", 1), ("p\u00e4per", "y", 2)]
+    talk = [{"role": "user", "content": "a", "name": "b"}, {"role": "assistant", "content": "c"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": talk}]), tmp_path / "t.parquet")
+    assert data.read(tmp_path / "t.parquet", "auto", "text", None)[0].messages == talk  # no null for the second name
+
+
+def test_a_bad_parquet_file_is_named_with_its_row(tmp_path, monkeypatch):
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a"}, {"text": None}]), path)
+    with pytest.raises(InputError, match=r"d.parquet row 2: column 'text' is null, wanted a non-empty string"):
+        data.read(path, "causal-lm", "text", None)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a", "label": 0.5}]), path)
+    with pytest.raises(InputError, match=r"d.parquet row 1: column 'label' is 0.5"):
+        data.read(path, "auto", "text", None)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"d.parquet: not a valid parquet file") as raised:
+        data.read(path, "auto", "text", None)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match=r"none.parquet: cannot be read"):
+        data.read(tmp_path / "none.parquet", "auto", "text", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="a package that is not installed: pip install pyarrow"):
+        data.read(path, "auto", "text", None)
 
 
 def test_task_follows_the_columns(tmp_path):
@@ -59,7 +92,7 @@ def test_task_follows_the_columns(tmp_path):
         ("d.csv", 'text,label\n"a,x\n', r"line \d: not valid CSV"),
         ("d.csv", "text,label\na,\n", "line 2: column 'label' is \"\""),
         ("d.jsonl", b'{"text": "\xff", "label": "x"}\n', "not UTF-8 text"),
-        ("d.txt", "a", r"unknown file ending '.txt', wanted one of .jsonl, .csv"),
+        ("d.txt", "a", r"unknown file ending '.txt', wanted one of .jsonl, .csv, .parquet"),
         ("data", "a", "unknown file ending ''"),
     ],
 )
@@ -94,31 +127,3 @@ def test_split_is_stratified_seeded_and_keeps_equal_texts_together():
     assert (len(texts["a"]), len(texts["b"]), len(texts["c"])) == (8, 2, 0)
     assert data.split(rows, 0.2, seed=3) == (train, held_out)
     assert data.split(rows, 0.2, seed=4) != (train, held_out)
-
-
-@pytest.mark.parametrize("count", [1, 15, 16, 500, 503])
-def test_batches_visit_every_example_once_and_waste_little(count):
-    lengths = torch.randint(4, 65, (count,), generator=torch.Generator().manual_seed(1)).tolist()
-    sampler = data.LengthGroupedSampler(lengths, 16, seed=5)
-    order = list(sampler)
-    assert sorted(order) == list(range(count)) and len(sampler) == count
-    assert list(sampler) == order  # the global generators have no say
-    sampler.set_epoch(1)
-    assert count <= 16 or list(sampler) != order
-
-    def padded(indices):
-        return sum(max(lengths[i] for i in indices[s : s + 16]) * len(indices[s : s + 16]) for s in range(0, count, 16))
-
-    if count >= 500:
-        assert padded(order) / sum(lengths) < 1.2 < 1.7 < padded(list(range(count))) / sum(lengths)
-
-
-def test_collator_pads_to_the_longest_and_masks_by_position():
-    examples = [{"input_ids": [5, 6, 0]}, {"input_ids": [7]}]
-    batch = data.Collator(pad_id=0, causal=True)(examples)
-    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    # The end-of-text token doubles as padding here: where it ends a text it is learned.
-    assert batch["labels"].tolist() == [[-100, 6, 0], [-100, -100, -100]]
-    labelled = [{**example, "label": i} for i, example in enumerate(examples)]
-    assert data.Collator(0, False)(labelled)["labels"].tolist() == [0, 1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from peftops.cli import demo, main
 from peftops.cli.errors import InputError
-from peftops.cli.job import Settings
+from peftops.cli.settings import Settings
 from peftops.cli.stdlib_docs import stdlib_docstrings
 
 from .conftest import sentences

@@ -1,4 +1,4 @@
-"""Reading, splitting and batching of training texts: JSONL or CSV in, padded batches out."""
+"""Reading and splitting of training data: JSONL, CSV or parquet in, rows out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .errors import InputError
 
-ENDINGS = (".jsonl", ".csv")
+MESSAGES = "messages"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example: its text, its label (None for causal LM) and the line of the file that it came from."""
+    """One example: its text, its label (None for causal LM) and the line (parquet: row) of the file it came from.
+
+    `messages`: the conversation, and `text` is then its JSON form; None for plain text.
+    """
 
     text: str
     label: str | None
     line: int
+    messages: list[dict] | None = None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -64,11 +66,28 @@ def _csv(path: Path) -> Iterator[tuple[int, dict]]:
         csv.field_size_limit(previous)
 
 
-def _records(path: Path) -> list[tuple[int, dict]]:
-    if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"{path}: unknown file ending {path.suffix!r}, wanted one of {', '.join(ENDINGS)}")
+def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     try:
-        records = list(_jsonl(path) if path.suffix.lower() == ".jsonl" else _csv(path))
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path}: parquet files need a package that is not installed: pip install pyarrow") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise InputError(f"{path}: not a valid parquet file ({str(error).splitlines()[0]})") from None
+    yield from enumerate(rows, 1)
+
+
+READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+
+
+def _records(path: Path) -> list[tuple[int, dict]]:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: unknown file ending {path.suffix!r}, wanted one of {', '.join(READERS)}")
+    try:
+        records = list(reader(path))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -78,36 +97,66 @@ def _records(path: Path) -> list[tuple[int, dict]]:
     return records
 
 
+def place(path: Path | str, line: int) -> str:
+    """Where in a file a row stands, for messages."""
+    return f"{path} {'row' if str(path).lower().endswith('.parquet') else 'line'} {line}"
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str)
+
+
 def _label(value: object, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise InputError(f"{where} is {json.dumps(value)}, wanted a non-empty string or an integer")
+        raise InputError(f"{where} is {_shown(value)}, wanted a non-empty string or an integer")
     return str(value)
 
 
+def _messages(value: object, where: str) -> list[dict]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where} is {_shown(value)[:200]}, wanted a list of messages")
+    for message in value:
+        fields = message if isinstance(message, dict) else {}
+        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
+            raise InputError(
+                f"{where} holds {_shown(message)[:200]}, wanted an object with the texts 'role' and 'content'"
+            )
+    # What parquet fills up with nulls is not there.
+    return [{key: item for key, item in message.items() if item is not None} for message in value]
+
+
 def read(path: Path, task: str, text: str, label: str | None) -> list[Row]:
-    """The rows of a JSONL or CSV file (UTF-8, blank JSONL lines skipped).
+    """The rows of a JSONL, CSV (UTF-8; blank JSONL lines are skipped) or parquet file.
 
     `task` is "classification", "causal-lm" (labels are not read) or "auto": classification if a label column is named
-    or the first row has one called "label". `text` and `label` are column names; None for `label` means "label".
+    or the first row has one called "label". `text` and `label` are column names; None for `label` means "label". For
+    causal LM, rows without `text` may have "messages", a list of objects with role and content.
 
     Raises:
         InputError: unreadable, empty or malformed file, missing column, empty text, or a label that is no string or
             integer; the message names the file and the line.
     """
     records = _records(path)
-    if task == "auto" and label is None and "label" not in records[0][1]:
+    first = records[0][1]
+    if task == "auto" and label is None and "label" not in first:
         task = "causal-lm"
+    chat = task == "causal-lm" and MESSAGES in first and (text not in first or isinstance(first[text], list))
+    text = MESSAGES if chat else text
     columns = (text,) if task == "causal-lm" else (text, label or "label")
     rows = []
     for line, record in records:
-        where = f"{path} line {line}"
+        where = place(path, line)
         for column in columns:
             if column not in record:
                 raise InputError(f"{where}: no column {column!r}, only {', '.join(map(repr, record)) or 'none'}")
         value = record[text]
-        if not isinstance(value, str) or not value.strip():
-            raise InputError(f"{where}: column {text!r} is {json.dumps(value)}, wanted a non-empty string")
         name = None if task == "causal-lm" else _label(record[columns[1]], f"{where}: column {columns[1]!r}")
+        if chat:
+            messages = _messages(value, f"{where}: column {text!r}")
+            rows.append(Row(json.dumps(messages, ensure_ascii=False, sort_keys=True), name, line, messages))
+            continue
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(f"{where}: column {text!r} is {_shown(value)}, wanted a non-empty string")
         rows.append(Row(value, name, line))
     return rows
 
@@ -143,67 +192,3 @@ def split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[
         held_out.extend(row for group in members[:count] for row in group)
         train.extend(row for group in members[count:] for row in group)
     return train, held_out
-
-
-class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """Random order in which the examples of a batch have similar lengths, so that little is spent on padding.
-
-    The order is a function of (seed, epoch) alone and takes nothing from the global generators: a resumed run meets the
-    same batches as an uninterrupted one. Shuffled examples are cut into pools of up to 50 batches, each pool is sorted
-    by length, and the batches are visited in random order; an incomplete batch comes last.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = random.Random(f"{self.seed}-{self.epoch}")
-        order = list(range(len(self.lengths)))
-        generator.shuffle(order)
-        whole = len(order) - len(order) % self.batch_size
-        # At least four pools, or a small set would be sorted as a whole and meet much the same batches in every epoch.
-        pool = self.batch_size * min(50, max(1, whole // (4 * self.batch_size)))
-        batches = []
-        for start in range(0, whole, pool):
-            members = sorted(order[start : min(start + pool, whole)], key=lambda index: self.lengths[index])
-            batches.extend(members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size))
-        generator.shuffle(batches)
-        for batch in batches:
-            yield from batch
-        yield from order[whole:]
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads token ids to the longest example of the batch; labels are class ids, or for causal LM the tokens."""
-
-    pad_id: int
-    causal: bool
-
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        width = max(len(example["input_ids"]) for example in examples)
-        ids = torch.full((len(examples), width), self.pad_id)
-        mask = torch.zeros((len(examples), width), dtype=torch.int64)
-        for i, example in enumerate(examples):
-            tokens = torch.tensor(example["input_ids"])
-            ids[i, : len(tokens)] = tokens
-            mask[i, : len(tokens)] = 1
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if self.causal:
-            # By the mask, not by the pad id: many models pad with their end-of-text token, which has to be learned.
-            labels = ids.masked_fill(mask == 0, -100)
-            # Nothing predicts the first token, yet Trainer would count it when it averages the loss.
-            labels[:, 0] = -100
-            batch["labels"] = labels
-        else:
-            batch["labels"] = torch.tensor([example["label"] for example in examples])
-        return batch

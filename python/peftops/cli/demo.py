@@ -17,9 +17,11 @@ from pathlib import Path
 from . import finetune
 from .data import Row, split
 from .errors import InputError
-from .job import Outcome, Settings, Tuned, encode, fit, prepare, read_texts
+from .fit import Outcome, fit
+from .job import Tuned, encode, prepare, read_texts
 from .model import Loaded
 from .output import OutputDirectory, write_json, write_text
+from .settings import Settings
 from .stdlib_docs import stdlib_docstrings
 
 DESCRIPTION = """Fine-tune MiniLM-L6 to tell from a docstring which module of Python's standard library it belongs to:
@@ -107,12 +109,7 @@ def verdict(runs: list[dict]) -> str:
 
 def command(settings: Settings, output: Path) -> str:
     """The command line that does the LoRA run."""
-    default = Settings(model="", data="").as_json()
-    words = ["peftops", "finetune", "--output", str(output)]
-    for name, value in settings.as_json().items():
-        if value != default[name]:
-            words += ["--" + name.replace("_", "-"), str(value)]
-    return shlex.join(words)
+    return shlex.join(["peftops", "finetune", "--output", str(output), *settings.as_words()])
 
 
 def run(output: Path, rows: list[tuple[str, str]], settings: Settings, full_lr: float) -> list[dict]:

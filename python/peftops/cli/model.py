@@ -12,6 +12,7 @@ import torch
 
 from peftops._load import cuda_error
 
+from . import processes
 from .errors import InputError
 
 
@@ -31,8 +32,10 @@ def first_line(error: BaseException) -> str:
 
 
 def training_device() -> torch.device:
-    """The first GPU where there is one and the CUDA kernels are loaded, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() and cuda_error() is None else torch.device("cpu")
+    """This process's GPU where there is one and the CUDA kernels are loaded, else the CPU."""
+    if torch.cuda.is_available() and cuda_error() is None:
+        return torch.device("cuda", processes.local_rank())
+    return torch.device("cpu")
 
 
 def resolve(name: str) -> str:
@@ -53,7 +56,7 @@ def resolve(name: str) -> str:
     return name
 
 
-def _hub_unreachable() -> bool:
+def hub_unreachable() -> bool:
     """Whether the hub's name does not resolve; saves half a minute of retries on a machine without a network."""
     from huggingface_hub.constants import ENDPOINT
 
@@ -66,7 +69,7 @@ def _hub_unreachable() -> bool:
     return False
 
 
-def _load(what: str, name: str, load):
+def load_part(what: str, name: str, load):
     try:
         return load()
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError, ...: a broken directory raises any
@@ -102,9 +105,9 @@ def load(name: str, labels: list[str] | None, device: torch.device) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     name = resolve(name)
-    local = Path(name).is_dir() or _hub_unreachable()  # what the hub's cache holds can still be used
-    config = _load("configuration", name, lambda: AutoConfig.from_pretrained(name, local_files_only=local))
-    tokenizer = _load("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, local_files_only=local))
+    local = Path(name).is_dir() or hub_unreachable()  # what the hub's cache holds can still be used
+    config = load_part("configuration", name, lambda: AutoConfig.from_pretrained(name, local_files_only=local))
+    tokenizer = load_part("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, local_files_only=local))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"--model {name}: its tokenizer has neither a padding nor an end-of-text token")
@@ -122,7 +125,7 @@ def load(name: str, labels: list[str] | None, device: torch.device) -> Loaded:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
         config.problem_type = "single_label_classification"
-    model, info = _load(
+    model, info = load_part(
         "model",
         name,
         lambda: kind.from_pretrained(

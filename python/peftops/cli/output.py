@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
@@ -33,6 +35,40 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_new(path: Path) -> None:
+    """Raise InputError if `path` exists and is no empty directory."""
+    if path.name in ("", ".."):
+        raise InputError(f"--output {path}: wanted the name of a directory to be made")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"--output {path}: exists and is not an empty directory, choose another")
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A directory to fill, which is `path` at the end; after an error there is none.
+
+    Raises:
+        InputError: `path` cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be created ({error.strerror})") from None
+    try:
+        yield work
+        mask = os.umask(0)
+        os.umask(mask)
+        work.chmod(0o777 & ~mask)  # mkdtemp's directory is the owner's alone, and so are safetensors' files
+        for file in work.iterdir():
+            file.chmod(0o666 & ~mask)
+        os.replace(work, path)
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 class OutputDirectory:

@@ -11,7 +11,7 @@ STYLES = ("-", "-", "--")  # two runs of one method lie on top of each other: th
 GREY = "#6b7280"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
@@ -24,8 +24,8 @@ def _cells(numbers: dict, metric: str) -> dict[str, str]:
         "method": numbers["method"],
         "trainable parameters": f"{numbers['trainable_parameters']:,}",
         "share of the model": f"{numbers['trainable_share']:.2%}",
-        "peak memory": _size(numbers["peak_memory_bytes"]),
-        "saved for backward": _size(numbers["saved_for_backward_bytes"]),
+        "peak memory": size(numbers["peak_memory_bytes"]),
+        "saved for backward": size(numbers["saved_for_backward_bytes"]),
         "time per step": f"{numbers['seconds_per_step']:.3f} s",
         "steps": f"{numbers['steps']:,}",
         "evaluation texts": f"{numbers['evaluation_texts']:,}",

@@ -1,197 +1,120 @@
-"""transformers.Trainer for small trainable parts: exact resume, checkpoints without frozen weights, quiet progress."""
+"""transformers.Trainer for small trainable parts: exact resume, checkpoints without frozen weights, exact batches."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from .data import LengthGroupedSampler
+from .batches import Collator, EpochLoader, RankBatches
 from .errors import DivergedError
+from .memory import PeakMemory
 
 WEIGHTS_FILE = "trainable.safetensors"
 
 
 class OneDevice(TrainingArguments):
-    """TrainingArguments for one device. With several GPUs in sight Trainer would take DataParallel, which does not copy
-    what a ParameterDict holds: LoRA's factors.
+    """TrainingArguments for one device per process. With several GPUs in sight Trainer would take DataParallel, which
+    does not copy what a ParameterDict holds: LoRA's factors.
     """
 
     @property
     def n_gpu(self) -> int:
         return min(1, super().n_gpu)
 
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        # With several processes accelerate says "cpu:0", where torch cannot load a checkpoint's optimizer to.
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_trained(model: torch.nn.Module, path: Path) -> None:
+    save_file({name: p.detach().contiguous() for name, p in trained_parameters(model).items()}, path)
+
+
+def load_trained(model: torch.nn.Module, path: Path) -> None:
+    """Put the values of a file into the trained parameters, of which it must hold all and nothing else."""
+    saved, trained = load_file(path), trained_parameters(model)
+    if saved.keys() != trained.keys():
+        odd = sorted(saved.keys() ^ trained.keys())[0]
+        raise RuntimeError(f"{path} does not belong to this model: {odd} is on one side only")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
 
 class AdapterTrainer(Trainer):
     """Trainer that saves and restores only the parameters that are trained.
 
-    The sampler is a function of seed and epoch, and everything else that is random (dropout of the model and of the
+    The batches are a function of seed and epoch, and everything else that is random (dropout of the model and of the
     adapters) draws from torch's generator, whose state Trainer keeps in the checkpoint: a resumed run continues bit for
-    bit.
+    bit. Each line of the log gets the seconds per step, tokens per second of all processes, and the memory peak.
     """
 
-    def __init__(self, *args, sampler: LengthGroupedSampler, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self._sampler = sampler
+    def __init__(self, *args, batches: RankBatches, collator: Collator, **kwargs) -> None:
+        super().__init__(*args, data_collator=collator, **kwargs)
+        self._batches = batches
+        self._collator = collator
+        self._tokens = 0
+        self._seconds = 0.0
+        self._steps = 0
         self._step_began = 0.0
+        self.memory = PeakMemory(self.args.device)
 
-    def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
-        return self._sampler
+    def get_train_dataloader(self) -> EpochLoader:
+        return EpochLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self._collator.counted,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
+    def get_batch_samples(self, *args, **kwargs):
+        self._end_of_step()
         self._step_began = time.perf_counter()
-        return super().training_step(*args, **kwargs)
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._tokens += sum(batch.pop("tokens") for batch in batches)
+        return batches, items
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if not self.control.should_log:
+            self._end_of_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._step_began = 0.0  # evaluations and checkpoints are no part of a step
+
+    def _end_of_step(self) -> None:
+        if self._step_began:
+            self._seconds += time.perf_counter() - self._step_began
+            self._steps += 1
+            self._step_began = 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at step {self.state.global_step}: try a lower --lr")
         if "loss" in logs:
-            # Reading the loss has waited for the device, so this is the step with its optimizer update.
-            logs["seconds"] = round(time.perf_counter() - self._step_began, 6)
-        if "eval_perplexity" in logs:
-            # Trainer's mean of batch means weighs short texts more; this is the mean over tokens.
-            logs["eval_loss"] = math.log(logs["eval_perplexity"])
+            self._end_of_step()  # reading the loss has waited for the device
+            tokens = self.accelerator.gather(torch.tensor([self._tokens], device=self.args.device)).sum().item()
+            logs["seconds"] = round(self._seconds / self._steps, 6)
+            logs["tokens_per_second"] = round(tokens / self._seconds, 1)
+            logs["memory_bytes"] = self.memory.read()
+            self._tokens, self._seconds, self._steps = 0, 0.0, 0
+        logs.pop("eval_model_preparation_time", None)  # only an evaluation outside of training has it
         super().log(logs, start_time)
-
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trained().items()}, folder / WEIGHTS_FILE)
+        save_trained(self.model, folder / WEIGHTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
-        trained = self._trained()
-        if saved.keys() != trained.keys():
-            odd = sorted(saved.keys() ^ trained.keys())[0]
-            raise RuntimeError(f"{resume_from_checkpoint} does not belong to this model: {odd} is on one side only")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
-
-
-class StepLog(TrainerCallback):
-    """Writes the training history to a JSONL file as it comes; on resume, first what the checkpoint holds of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def _append(self, entry: dict, mode: str = "a") -> None:
-        with self.path.open(mode, encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.path.write_text("", encoding="utf-8")
-        for entry in state.log_history:
-            self._append(entry)
-
-    def on_log(self, args, state, control, **kwargs) -> None:
-        entry = state.log_history[-1]
-        loss = entry.get("loss", entry.get("eval_loss", 0.0))
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {state.global_step}: try a lower --lr")
-        if "loss" in entry or "eval_loss" in entry:  # Trainer's closing summary is no step
-            self._append(entry)
-
-
-class EpochCheckpoint(TrainerCallback):
-    """A checkpoint at the end of each epoch, beside those every `save_steps` steps."""
-
-    def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        control.should_save = True
-
-
-class Progress(TrainerCallback):
-    """A progress bar with the loss and the latest evaluation; where stderr is no terminal, one line per evaluation."""
-
-    def __init__(self, name: str, metric: str) -> None:
-        self.name = name
-        self.metric = metric
-        self.shown = {"loss": "-", metric: "-"}
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.name,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-        )
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.bar.update(1)
-
-    def on_log(self, args, state, control, **kwargs) -> None:
-        entry = state.log_history[-1]
-        if "loss" in entry:
-            self.shown["loss"] = f"{entry['loss']:.3f}"
-        if f"eval_{self.metric}" in entry:
-            self.shown[self.metric] = f"{entry[f'eval_{self.metric}']:.4g}"
-            if self.bar.disable:
-                where = f"step {state.global_step}/{state.max_steps}"
-                print(f"{self.name}: {where} {' '.join(f'{k} {v}' for k, v in self.shown.items())}", file=sys.stderr)
-        self.bar.set_postfix(self.shown)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.bar.close()
-
-
-class PeakMemory:
-    """Highest memory use since construction, in bytes: of torch's allocator on CUDA, of the whole process elsewhere.
-
-    Linux can restart its high-water mark; where it cannot, the mark is that of the process's life so far.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
-
-    def read(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024
-        except (OSError, IndexError):
-            import resource  # not on every platform
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return peak if sys.platform == "darwin" else peak * 1024
-
-
-def saved_for_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward of one training step, parameters and buffers not counted.
-
-    Every storage counts once and whole, however many tensors view it.
-    """
-    owned = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    was_training = model.training
-    model.train()
-    # The loss keeps the graph, and the graph keeps every storage: no address is handed out twice while we count.
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    del loss
-    model.train(was_training)
-    return sum(kept.values())
+        load_trained(self.model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
