@@ -32,6 +32,7 @@ demo: $(if $(GPU),.venv/built,.venv/built-cpu) .venv/demo
 
 bench: build
 	$(PY) -u bench/lora.py
+	$(PY) -u bench/hf_peft.py
 	$(PY) -u bench/report.py
 
 # What only a GPU can show, each in under nine minutes (CONTRIBUTING.md, "On a GPU"). A GPU machine has the libraries from the archive of

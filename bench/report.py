@@ -20,7 +20,7 @@ from pathlib import Path
 import verified
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"lora": ("README.md", "csrc/lora/README.md")}
+PAGES = {"lora": ("README.md", "csrc/lora/README.md"), "hf_peft": ("README.md",)}
 TITLES = {
     "train": "Training: forward and backward of one frozen linear, x asks for a gradient",
     "decode": "Decode: forward of one linear without gradients",
@@ -28,11 +28,19 @@ TITLES = {
     "eager": "Training, launched from Python call by call",
     "saved": "Kept for backward by one linear (x included)",
     "block": "One Llama decoder layer with LoRA on its seven linears, forward and backward",
+    "step": "One training step of a Llama of four layers, LoRA on all linears: forward, loss, backward, AdamW",
+    "token": "One token of the same model, with a cache of the tokens before it",
 }
+# Groups whose cells say how many tokens a second that is, and of which all bytes are shown.
+_WHOLE = ("block", "step", "token")
 BASE, CONTROL = "base", "control"
 _COMMAND = "`make bench`"
-_NO_GPU = "On a GPU: not measured (`make gpu-bench`)."
+_NO_GPU = {"lora": "On a GPU: not measured (`make gpu-bench`).", "hf_peft": "On a GPU: not measured."}
 _FP32 = '"fp32 factors" are float32 factors over a bfloat16 base, PEFT\'s default.'
+_RATIO = {
+    "lora": f"A ratio is over the frozen base; {_FP32}",
+    "hf_peft": "A ratio is over Hugging Face PEFT's model as it is; float32 factors over a bfloat16 base, its default.",
+}
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -69,11 +77,11 @@ def _cell(case: dict, name: str, full: bool) -> str:
             )
         else:
             parts.append(f"{ratio['median']:.3f}x" + (f" ({ratio['q1']:.3f} - {ratio['q3']:.3f})" if full else ""))
-    if case["group"] == "block":
+    if case["group"] in _WHOLE:
         parts.append(f"{entry['tokens_per_second']:.0f} tokens/s")
     if "peak_bytes" in entry:
         parts.append(f"peak {bytes_text(entry['peak_bytes'])}")
-    if "saved_bytes" in entry and ("seconds" not in entry or full):
+    if "saved_bytes" in entry and ("seconds" not in entry or full or case["group"] == "step"):
         parts.append(f"{'saved ' if parts else ''}{bytes_text(entry['saved_bytes'])}")
     return ", ".join(parts)
 
@@ -92,7 +100,7 @@ def group_table(cases: Sequence[dict], full: bool) -> Table:
     names = list(dict.fromkeys(n for c in cases for n in (*c["contenders"], *c["skipped"]) if n not in (BASE, CONTROL)))
     timed = any(BASE in c["contenders"] for c in cases)
     floors = any("floor" in c for c in cases)
-    head = ["case", *(["base"] if timed else []), *names, *(["floor"] if floors else []), "targets"]
+    head = ["case", *([_base(cases[0])] if timed else []), *names, *(["floor"] if floors else []), "targets"]
     rows = []
     for case in cases:
         row = [case["name"].partition(" ")[2] + ("" if case.get("steady", True) else " (unsteady)")]
@@ -101,6 +109,15 @@ def group_table(cases: Sequence[dict], full: bool) -> Table:
             row.append(_floor_text(case, names[0], full) if "floor" in case else "")
         rows.append([*row, target_summary(case)])
     return head, rows
+
+
+def _base(case: dict) -> str:
+    """What stands for the base in this case."""
+    return case.get("base", BASE)
+
+
+def _over(case: dict, target: dict) -> str:
+    return _base(case) if target["over"] == BASE else target["over"]
 
 
 def _floor_text(case: dict, ours: str, full: bool) -> str:
@@ -119,7 +136,7 @@ def target_summary(case: dict) -> str:
     failed = [t for t in case["targets"] if t["verdict"] != "met"]
     return (
         "; ".join(
-            "{} over {}: {} ({} wanted, {})".format(t["contender"], t["over"], *_limit(t)[::-1], t["verdict"])
+            "{} over {}: {} ({} wanted, {})".format(t["contender"], _over(case, t), *_limit(t)[::-1], t["verdict"])
             for t in failed
         )
         or "met"
@@ -128,7 +145,9 @@ def target_summary(case: dict) -> str:
 
 def target_table(cases: Sequence[dict]) -> Table:
     rows = [
-        [case["name"], t["contender"], t["over"], *_limit(t), t["verdict"]] for case in cases for t in case["targets"]
+        [case["name"], t["contender"], _over(case, t), *_limit(t), t["verdict"]]
+        for case in cases
+        for t in case["targets"]
     ]
     return ["case", "contender", "over", "at most", "measured", "verdict"], rows
 
@@ -220,14 +239,14 @@ def family_table(results: Sequence[dict], family: str, page: Path, root: Path) -
     for r in (r for r in results if r["family"] == family):
         lines += [
             *machine(r)[:1],
-            f"Rank {r['rank']}. A ratio is over the frozen base; {_FP32} Targets: {tally(r['cases'])}.",
+            f"Rank {r['rank']}. {_RATIO[family]} Targets: {tally(r['cases'])}.",
             f"All figures: [RESULTS.md]({full}).",
             "",
         ]
         for group, cases in _groups([c for c in r["cases"] if c["targets"]]).items():
             lines += [f"**{TITLES[group]}**", "", *as_markdown(group_table(cases, full=False)), ""]
     if lines and not _any_gpu(results, family):
-        lines.append(_NO_GPU)
+        lines.append(_NO_GPU[family])
     return "\n".join(lines).strip() or f"Not measured yet ({_COMMAND})."
 
 
@@ -264,7 +283,7 @@ def results_page(results: Sequence[dict]) -> str:
         lines += [*(f"- {reason}" for reason in _reasons(r)), ""]
         lines += [f"### Targets: {tally(r['cases'])}", "", *as_markdown(target_table(r["cases"])), ""]
     for family in (f for f in PAGES if results and not _any_gpu(results, f)):
-        lines += [f"## {family}: GPU", "", _NO_GPU, ""]
+        lines += [f"## {family}: GPU", "", _NO_GPU[family], ""]
     return "\n".join(lines if results else [*lines, "Not measured yet.", ""])
 
 
@@ -286,9 +305,8 @@ def pages(root: Path) -> dict[Path, str]:
         for path in (root / name for name in names):
             if not path.exists():
                 raise ValueError(f"{path.relative_to(root)} does not exist")
-            wanted[path] = inject(
-                path.read_text(), family, family_table(results, family, path, root), str(path.relative_to(root))
-            )
+            text = wanted.get(path) or path.read_text()
+            wanted[path] = inject(text, family, family_table(results, family, path, root), str(path.relative_to(root)))
     readme = root / "README.md"
     wanted[readme] = inject(wanted[readme], "kernels", kernel_table(root), readme.name)
     demo = root / "bench" / "results" / "demo" / "table.txt"

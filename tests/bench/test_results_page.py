@@ -53,6 +53,7 @@ def root(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before\n<!-- bench:lora:begin -->\n<!-- bench:lora:end -->\nafter\n")
     with (tmp_path / "README.md").open("a") as file:
+        file.write("<!-- bench:hf_peft:begin -->\n<!-- bench:hf_peft:end -->\n")
         file.write("<!-- bench:kernels:begin -->\n<!-- bench:kernels:end -->\nend\n")
     return tmp_path
 
@@ -136,6 +137,38 @@ GPU = {
     "ceilings": {"copy_bytes_per_second": 4.3e12, "matmul_operations_per_second": {"bfloat16": 7.9e14}},
     "not_measured": {"train M=1": "out of time"},
 }  # fmt: skip
+
+
+STEP = {
+    "name": "step bfloat16 2048 p=0.1",
+    "group": "step",
+    "base": "PEFT",
+    "sets": 2,
+    "skipped": {},
+    "contenders": {
+        "base": {"seconds": SPREAD, "over_base": {"median": 1.0, "q1": 1.0, "q3": 1.0}, "tokens_per_second": 5811.6,
+                 "saved_bytes": 8 << 20, "peak_bytes": 9 << 20},
+        "after accelerate": {"seconds": SPREAD, "over_base": {"median": 0.6, "q1": 0.5, "q3": 0.7},
+                             "tokens_per_second": 9000.0, "saved_bytes": 2 << 20, "peak_bytes": 3 << 20},
+    },
+    "targets": [
+        {"contender": "after accelerate", "over": "base", "metric": "time", "at_most": 1.0, "value": 0.6,
+         "verdict": "met"}
+    ],
+}  # fmt: skip
+
+
+def test_a_whole_model_is_shown_with_its_bytes_and_what_the_base_is(root):
+    assert report.main([], root) == 0
+    assert (root / "README.md").read_text().count("Not measured yet (`make bench`).") == 1
+    (root / "bench/results/hf_peft-cpu-x.json").write_text(json.dumps(RESULTS | {"family": "hf_peft", "cases": [STEP]}))
+    assert report.main([], root) == 0
+    readme = (root / "README.md").read_text()
+    assert "| case | PEFT | after accelerate | targets |" in readme
+    row = "| bfloat16 2048 p=0.1 | 88.1 ms, 5812 tokens/s, peak 9.00 MiB, saved 8.00 MiB "
+    assert row + "| 0.600x, 9000 tokens/s, peak 3.00 MiB, saved 2.00 MiB | met |" in readme
+    assert "A ratio is over Hugging Face PEFT's model as it is" in readme
+    assert "| after accelerate | PEFT | 1x | 0.600x | met |" in (root / "bench/RESULTS.md").read_text()
 
 
 def test_what_no_gpu_has_measured_is_called_so(root):

@@ -86,6 +86,17 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": result.logits} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def logits(model, kind="llama", **more):
+    """What the model says about the batch, without gradients."""
+    with torch.no_grad():
+        return model(**batch(kind), **more).logits
+
+
+def both(models, act):
+    """What `act` returns for PEFT's model and for the fused one."""
+    return act(models[0]), act(models[1])
+
+
 def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 2e-5) -> None:
     """Each tensor within `tolerance` of the wanted one's norm."""
     assert got.keys() == wanted.keys()

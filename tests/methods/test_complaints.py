@@ -4,6 +4,7 @@ files, merging, memory or compilation that a test elsewhere answers in full are 
 
 import copy
 import io
+import sys
 
 import peft
 import peftops
@@ -173,10 +174,10 @@ def test_a_compiled_model_takes_an_adapter_of_other_layers(tmp_path):
 
 def test_attaching_calls_for_no_memory_on_the_meta_device_and_grows_with_the_layers():
     """huggingface/peft#3039, #871, artidoro/qlora#208: injecting or loading takes minutes. The calls into Python that
-    1600 layers take are about four times those of 400.
+    800 layers take are about four times those of 200.
     """
     calls = []
-    for layers in (400, 1600):
+    for layers in (200, 800):
         with torch.device("meta"):
             model = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(layers))
         tuning, count = count_calls(lambda model=model: attach(model, LoRA(rank=8)))
@@ -197,8 +198,6 @@ def test_merging_and_saving_grow_with_the_layers(tmp_path):
 
 def count_calls(function):
     """The function's result, and how often Python called a function or went on with a generator."""
-    import sys
-
     count = 0
 
     def count_call(frame, event, argument):
@@ -276,7 +275,7 @@ def test_a_class_that_nobody_knows_is_adapted_by_its_layers(tmp_path):
     randomise(tuning)
     tuning.save(tmp_path)
     load(plain, tmp_path)
-    assert torch.equal(plain(x), model(x)) and [row.name for row in tuning.summary().modules] == ["mix"]
+    assert distance(plain(x), model(x)) < 1e-6 and [row.name for row in tuning.summary().modules] == ["mix"]
 
 
 def test_every_layer_that_is_left_alone_is_listed_with_a_reason():

@@ -176,6 +176,41 @@ def test_only_active_adapters_are_trained(directories):
         assert (parameter.grad is not None) == name.endswith(".a")
 
 
+def test_a_factor_that_the_user_froze_stays_frozen(directories):
+    base, paths = directories
+    tuning = load(base, paths["a"], trainable=True, name="a")
+    frozen = base.layers[0]["up"].lora_a["a"].requires_grad_(False)
+    tuning.add("b", paths["b"])
+    tuning.activate(["a", "b"])
+    assert not frozen.requires_grad and base.layers[1]["up"].lora_a["a"].requires_grad
+
+
+def test_a_layer_that_was_replaced_is_named(directories, tmp_path):
+    base, paths = directories
+    tuning = load(base, paths["a"])
+    base.layers[0]["up"] = torch.nn.Linear(16, 24)
+    with pytest.raises(RuntimeError, match="layers.0.up was replaced by a plain Linear after its adapter was put in"):
+        tuning.save(tmp_path / "out")
+
+
+def test_a_head_that_was_on_the_meta_device_has_no_base_to_go_back_to():
+    with torch.device("meta"):
+        model = Block()
+    tuning = attach(model, LoRA(rank=2, target_modules=["up"], modules_to_save=["head"]))
+    model.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match="the base model's head.weight is not known"), tuning.disabled():
+        pass
+    assert not any(layer.disabled for layer in model.modules() if isinstance(layer, LoRALayer))
+
+
+def test_a_layer_with_attributes_of_these_names_is_refused():
+    model = Block()
+    model.head.adapters = "mine"
+    with pytest.raises(TypeError, match="head: it has an attribute 'adapters' of its own"):
+        attach(model, LoRA(target_modules=["head"]))
+    assert model.head.adapters == "mine"
+
+
 def test_adapters_with_heads_exchange_them():
     base, ids = Block().eval(), tokens()
     method = LoRA(rank=2, target_modules=["up"], modules_to_save=["head"])

@@ -5,6 +5,7 @@ float64 on a copy of the base.
 import copy
 import json
 import pickle
+import pkgutil
 import tempfile
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from peftops.methods import LoRA, attach, load
 from peftops.methods.files import PREFIX
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .models import distance, tokens
+from .models import distance, randomise, tokens
 
 
 class Net(nn.Module):
@@ -32,7 +33,8 @@ class Net(nn.Module):
         self.head = nn.Linear(10, 4)
 
     def forward(self, ids):
-        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2)
+        # Contiguous: from a transposed input torch computes other last bits where the weight is frozen.
+        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2).contiguous()
         return self.head(x + self.down(self.up(x).relu()))
 
 
@@ -152,10 +154,9 @@ class Walk(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**31), name=NAMES, kind=KINDS, from_file=st.booleans(), trainable=st.booleans())
     def start(self, seed, name, kind, from_file, trainable):
         torch.manual_seed(seed)
-        # Frozen: torch takes other routes for a transposed input to a layer with gradients, with other last bits.
-        self.net, self.ids = Net().double().requires_grad_(False), tokens(2, 5)
+        self.net, self.ids = Net().double(), tokens(2, 5)
         self.base = {key: value.clone() for key, value in self.net.state_dict().items()}
-        model = copy.deepcopy(self.net).requires_grad_(True)
+        model = copy.deepcopy(self.net)
         if from_file:
             known, folder = self._directory(kind)
             self.tuning = load(model, folder, trainable=trainable, name=name)
@@ -331,3 +332,104 @@ class Walk(RuleBasedStateMachine):
 
 TestWalk = Walk.TestCase
 TestWalk.settings = hypothesis.settings(stateful_step_count=12)
+
+
+# ---- what a walk has no step for -------------------------------------------------------------------------------------
+
+
+def up_and_down(**options):
+    """A tuning with two adapters, both active."""
+    tuning = attach(Net(), METHODS["plain"], name="a")
+    tuning.add("b", LoRA(rank=3, target_modules=["up", "conv"], **options), trainable=True)
+    tuning.activate(["a", "b"])
+    randomise(tuning)
+    return tuning
+
+
+def test_a_swap_drops_the_gradients_of_what_it_replaces(tmp_path):
+    attach(Net(), LoRA(rank=5, target_modules=["up", "down"])).save(tmp_path)
+    tuning, ids = up_and_down(), tokens()
+    tuning.model(ids).sum().backward()
+    with pytest.warns(UserWarning, match="another base model"):
+        tuning.swap("a", tmp_path)
+    assert all((p.grad is None) == name.endswith(".a") for name, p in tuning.named_parameters())
+    tuning.model(ids).sum().backward()
+
+
+def test_a_head_that_leaves_takes_its_gradient_along():
+    method, ids = LoRA(rank=1, target_modules=["up"], modules_to_save=["head"]), tokens()
+    tuning = attach(Net(), method, name="a")
+    tuning.add("b", method, trainable=True)
+    tuning.model(ids).sum().backward()
+    head = tuning.model.head.weight
+    with tuning.disabled():
+        tuning.model(ids)
+    tuning.activate({"a": 0.5})
+    assert head.grad is not None
+    tuning.activate("b")
+    assert head.grad is None
+
+
+def test_parameters_that_the_user_unfroze_stay_so(tmp_path):
+    attach(Net(), LoRA(rank=2, target_modules=["head", "down"])).save(tmp_path)
+    tuning = up_and_down()
+    mine = [tuning.model.head.weight, tuning.model.head.bias, tuning.model.up.bias, tuning.model.embed.weight]
+    for parameter in mine:
+        parameter.requires_grad_(True)
+    with pytest.warns(UserWarning, match="another base model"):
+        tuning.swap("a", tmp_path)
+        tuning.add("c", tmp_path)
+    tuning.add("d", LoRA(rank=1, target_modules=["embed", "up"]))
+    tuning.activate("c")
+    tuning.delete("a")
+    assert all(parameter.requires_grad for parameter in mine)
+
+
+@pytest.mark.parametrize("place", ["peftops.nn.lora.LoRALayer.delta_weight", "peftops.methods.tuning.measure_layer"])
+def test_a_merge_that_fails_half_way_leaves_nothing_behind(place, monkeypatch):
+    tuning, ids = up_and_down(lora_bias=True), tokens()
+    before, output = copy.deepcopy(tuning.model.state_dict()), tuning.model(ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failing_after(pkgutil.resolve_name(place), 2))
+        with pytest.raises(MemoryError):
+            tuning.merge(report=True)
+    assert not tuning.merged and torch.equal(tuning.model(ids), output)
+    assert all(torch.equal(value, before[key]) for key, value in tuning.model.state_dict().items())
+
+
+def failing_after(function, calls):
+    """`function`, which runs out of memory after so many calls."""
+    left = iter(range(calls))
+
+    def limited(*arguments):
+        if next(left, None) is None:
+            raise MemoryError("full")
+        return function(*arguments)
+
+    return limited
+
+
+def test_a_probe_without_numbers_is_refused_before_the_merge():
+    tuning = up_and_down()
+    tuning.model.forward = lambda ids: Net.forward(tuning.model, ids).argmax(-1)
+    with pytest.raises(ValueError, match="no floating tensor"):
+        tuning.merge(keep_base=False, probe=tokens())
+    assert not tuning.merged
+
+
+def test_a_default_device_changes_nothing():
+    tuning, ids = up_and_down(), tokens()
+    output = tuning.model(ids)
+    with torch.device("meta"):
+        tuning.activate(["a", "b"])
+        tuning.merge()
+    assert distance(tuning.model(ids), output) < 1e-5
+
+
+def test_the_factors_of_an_adapter_are_no_biases_of_the_model(tmp_path):
+    tuning = attach(Net(), LoRA(rank=1, target_modules=["up"]), name="bias")
+    tuning.add("b", LoRA(rank=1, target_modules=["down"], bias="all"), trainable=True)
+    tuning.save(tmp_path, "b")
+    keys = list(load_file(tmp_path / "adapter_model.safetensors"))
+    biases = {f"{PREFIX}{path}.bias" for path in ("conv", "up", "head")}
+    assert {key for key in keys if ".lora_" not in key} == biases and len(keys) == 5

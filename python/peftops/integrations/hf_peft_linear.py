@@ -17,6 +17,7 @@ from .._load import cuda_error
 from ..ops import lora_linear
 
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
+_AUTOCAST = ("cpu", "cuda")
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.float64, *_SIXTEEN_BITS)
 
@@ -93,16 +94,14 @@ def adapter_obstacle(
 def parts(layer: Linear, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
     """(lora_A, lora_B, lora_dropout) of an adapter; past nn.Module's attribute search, which takes 0.3 us each time."""
     modules = layer._modules
-    return tuple(modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
+    return modules["lora_A"]._modules[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
 
 
-def call_obstacle(x: Tensor, weight: Tensor) -> str | None:
+def call_obstacle(x: Tensor, weight: Tensor, autocast: bool) -> str | None:
     """Why this call's input needs PEFT's own forward; None where the operator takes it."""
-    if type(x) not in _PLAIN:
-        return f"the input is a {type(x).__name__}"
-    if x.device != weight.device or x.device.type not in ("cpu", "cuda"):
+    if x.device != weight.device:
         return f"the input is on {x.device}, the weight on {weight.device}"
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast:
         if x.dtype not in _FLOATS or torch.float64 in (x.dtype, weight.dtype):
             return f"autocast leaves a {_name(x.dtype)} input alone"
     elif x.dtype != weight.dtype:
@@ -154,15 +153,9 @@ class Scaling(dict):
 
     def __init__(self, values: dict[str, float], device: torch.device):
         super().__init__(values)
+        self.device = device
         self.tensors: dict[str, Tensor] = {}
         self._numbers: dict[str, float] = {}
-        self.move(device)
-
-    def move(self, device: torch.device) -> None:
-        """Keep the tensors on `device`."""
-        self.device = device
-        self._numbers.clear()
-        self.tensors.clear()
         self._update_tensors()
 
     def _update_tensors(self) -> None:
@@ -257,11 +250,14 @@ class FusedLinear(Linear):
         return [name for name in ((active,) if isinstance(active, str) else active) if name in present]
 
     def _obstacle(self, x: Tensor, names: list[str], compiling: bool) -> str | None:
-        base = self._modules["base_layer"]
-        found = base_obstacle(base) or call_obstacle(x, base._parameters["weight"])
+        if type(x) not in _PLAIN:
+            return f"the input is a {type(x).__name__}"
+        base, device = self._modules["base_layer"], x.device
+        autocast = device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
+        found = base_obstacle(base) or call_obstacle(x, base._parameters["weight"], autocast)
         if found is not None:
             return found
-        if self.scaling.device != x.device:
+        if self.scaling.device != device:
             self._settle()
         if self._device_obstacle is not None:
             return self._device_obstacle
@@ -271,8 +267,7 @@ class FusedLinear(Linear):
             return "hooks on every module are registered"
         if not compiling and torch._C._are_functorch_transforms_active():
             return "a torch.func transform is active"
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
         for name in names:
             found = adapter_obstacle(self, name, dtype, autocast)
             if found is not None:

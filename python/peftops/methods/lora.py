@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn.adapter import Adapter, Factors, factor_dtype
 from ..nn.lora import lora_class
-from .targets import Choice, check_pattern, find_modules, find_targets, first_match, names
+from .targets import Choice, check_pattern, find_modules, find_targets, first_match, module_names, names
 
 BIASES = ("none", "all", "lora_only")
 
@@ -181,7 +181,8 @@ def find_biases(
     if bias == "none":
         return {}
     found = {}
-    for name, module in model.named_modules() if bias == "all" else layers.items():
+    everywhere = ((name, model.get_submodule(name)) for name in module_names(model))
+    for name, module in everywhere if bias == "all" else layers.items():
         parameter = module._parameters.get("bias")
         inside = any(name == path or name.startswith(f"{path}.") for path in saved)
         if parameter is not None and parameter.is_floating_point() and not inside:

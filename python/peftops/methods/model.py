@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -43,22 +43,35 @@ def all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def owners(model: nn.Module, parameter: nn.Parameter) -> list[str]:
-    """Full names under which modules hold `parameter`; a module that has several names counts once."""
-    return [
-        f"{name}.{key}" if name else key
-        for name, module in model.named_modules()
-        for key, value in module._parameters.items()
-        if value is parameter
-    ]
-
-
 def check_not_tied(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
     """Raise ValueError where a module that is to be trained whole shares a parameter with another one."""
+    owners = _owners(model) if saved else {}
     for path, module in saved.items():
         for name, parameter in module.named_parameters():
-            others = [other for other in owners(model, parameter) if not other.startswith(f"{path}.")]
+            others = [other for other in owners[id(parameter)] if not other.startswith(f"{path}.")]
             if others:
                 raise ValueError(
                     f"modules_to_save: {path}.{name} is tied to {', '.join(others)}, which would be trained with it"
                 )
+
+
+def check_own_weights(model: nn.Module, paths: Iterable[str], action: str) -> None:
+    """Raise RuntimeError where a layer shares its weight with another module, which would change with it."""
+    owners = _owners(model)
+    for path in paths:
+        weight = model.get_submodule(path).weight
+        others = [other for other in owners[id(weight)] if other != (f"{path}.weight" if path else "weight")]
+        if others:
+            raise RuntimeError(
+                f"{action}: {path}.weight is tied to {', '.join(others)}, which would change with it; give {path} a "
+                "weight of its own before attaching (in transformers: tie_word_embeddings=False)"
+            )
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> full names under which modules hold it; a module that has several names counts once."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            found.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    return found

@@ -19,7 +19,7 @@ from .files import PREFIX
 from .fingerprint import fingerprint
 from .lora import LoRA, Plan, check_layer, find_biases, unused_patterns
 from .peft_config import REPEATED, read_method, refuse_unsupported, to_config, written_pattern
-from .saved import Saved
+from .saved import Saved, persistent_names
 from .targets import find_modules, find_targets
 
 _FINGERPRINT = "peftops_base_fingerprint"
@@ -169,7 +169,13 @@ def _own_tensors(
     """Full name -> tensor of the model for which the file has to hold a value. Where it holds no bias at all, as older
     PEFT versions wrote it for `lora_only`, none is wanted.
     """
-    own = {f"{path}.{key}": tensor for path, module in saved.items() for key, tensor in module.state_dict().items()}
+    kept = {path: set(persistent_names(module)) for path, module in saved.items()}
+    own = {
+        f"{path}.{key}": tensor
+        for path, module in saved.items()
+        for key, tensor in module.state_dict().items()
+        if key in kept[path]
+    }
     return own | trained if any(_key_of(name, layers) in tensors for name in trained) else own
 
 
@@ -258,7 +264,7 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], where:
 
 
 def _some(items: Sequence[str], count: int = 8) -> str:
-    shown = [item if item.isprintable() and len(item) < 400 else f"{ascii(item[:100])}..." for item in items[:count]]
+    shown = [item if item.isprintable() and len(item) < 400 else f"{item[:100]!a}..." for item in items[:count]]
     return ", ".join(shown) + (f", and {len(items) - count} more" if len(items) > count else "")
 
 

@@ -11,6 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.dtensor import is_dtensor, spread_like
+from ..nn.lora import LoRALayer
+
+
+def persistent_names(module: nn.Module) -> list[str]:
+    """Names in the module's state_dict but for the factors of adapters on layers inside it."""
+    added = tuple(
+        f"{name}.{kind}." if name else f"{kind}."
+        for name, layer in module.named_modules()
+        if isinstance(layer, LoRALayer)
+        for kind in ("lora_a", "lora_b", "lora_bias")
+    )
+    return [name for name in module.state_dict() if not name.startswith(added)]
 
 
 class Saved:
@@ -32,6 +44,11 @@ class Saved:
         self.modules, self.names, self.replaced = tuple(modules), tuple(parameters), tuple(replaced)
         self._original = {name: tensor.detach().clone() for name, tensor in self._live().items()}
         self._own: dict[str, Tensor] | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether the adapter's values are in the model."""
+        return self._own is None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Full name -> parameter that can be trained."""
@@ -67,6 +84,7 @@ class Saved:
     def leave(self) -> None:
         """Give the model its own values back and keep the adapter's; the storages are exchanged."""
         if self._own is None:
+            self._check_original()
             # Copies, for another adapter may take over and train what lies in the model.
             self._own = self._exchange({name: value.clone() for name, value in self._original.items()})
 
@@ -80,6 +98,7 @@ class Saved:
     def restore(self) -> None:
         """Write the values that the model had before into it, for good."""
         if self._own is None:
+            self._check_original()
             for name, tensor in self._live().items():
                 tensor.copy_(self._original[name])
 
@@ -99,6 +118,14 @@ class Saved:
         finally:
             self.enter()
 
+    def _check_original(self) -> None:
+        for name, value in self._original.items():
+            if value.is_meta:
+                raise RuntimeError(
+                    f"the base model's {name} is not known: the adapter was put in while the model was on the meta "
+                    "device; attach or load it after the base weights to have them back"
+                )
+
     def _exchange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put `values` into the model and return what it had. Nothing is written, so that a graph recorded before can
         still run backward once they are exchanged again.
@@ -114,7 +141,7 @@ class Saved:
         found = {}
         for path in self.modules:
             module = self._model.get_submodule(path)
-            persistent = module.state_dict().keys()
+            persistent = persistent_names(module)
             for kind in (module.named_parameters, module.named_buffers):
                 named = ((name, t) for name, t in kind(remove_duplicate=False) if name in persistent)
                 found.update({f"{path}.{name}": tensor for name, tensor in named})

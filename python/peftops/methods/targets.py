@@ -255,6 +255,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _why_not(model: nn.Module, name: str, module: nn.Module, places: dict[nn.Module, list[str]]) -> str | None:
     reason = None if isinstance(module, LoRALayer) else why_not(module)
+    if not name:
+        reason = "it is the model itself, which has no name in a file; put it into an nn.Sequential"
     if reason is None and len(places[module]) > 1:
         reason = _several(places[module])
     return reason or _read_by_parent(model, name)

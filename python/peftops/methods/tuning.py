@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,10 +20,12 @@ from ..nn.lora import LoRALayer, lora_class
 from .files import load_adapter, save_adapter
 from .lora import LoRA, Plan, plan
 from .merge_report import MergeReport, compare_outputs, measure_layer, run_probe
-from .model import all_parameters, check_not_fully_sharded, check_not_tied, owners
+from .model import all_parameters, check_not_fully_sharded, check_not_tied, check_own_weights
 from .peft_files import Loaded, from_files, to_files
 from .saved import Saved
 from .summary import Summary, TrainedModule
+
+_LARGEST_WEIGHT = 1e30  # times a scaling it has to be a float32 number
 
 
 @dataclass
@@ -63,9 +66,8 @@ class Tuning:
         # By name: a move from the meta device makes new parameter objects.
         self._requires_grad = {name: p.requires_grad for name, p in all_parameters(model)}
         check_not_tied(model, what.saved)
-        for path, adapter in what.layers.items():
-            if path not in what.factors and inits.reads_weight(adapter.init):
-                _check_own_weight(model, path, f"attach: init {adapter.init!r}")
+        changed = [p for p, a in what.layers.items() if p not in what.factors and inits.reads_weight(a.init)]
+        check_own_weights(model, changed, f"attach: init {method.init!r}")
         try:
             self._insert(name, method, what, trainable, values)
         except BaseException:
@@ -73,6 +75,7 @@ class Tuning:
             raise
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        self._set_factor_flags(name)
         self.activate(name)
 
     @property
@@ -133,33 +136,23 @@ class Tuning:
             raise TypeError(f"add: source is {source!r}, but it must be a method or a directory")
         self._check_base_unchanged(what)
         check_not_tied(self.model, what.saved)
-        frozen = {key: p.requires_grad for key, p in all_parameters(self.model)}
         self._check_movable()
-        with self._base_values():
+        with self._flags_kept(), self._base_values():
             self._insert(name, method, what, trainable, values, capacity)
             self._entries[name].saved.leave()
-        for key, parameter in all_parameters(self.model):
-            if key in frozen:
-                parameter.requires_grad_(frozen[key])
         self._apply_activation()
 
     def activate(self, which: str | Sequence[str] | Mapping[str, float] | None) -> None:
         """Let these adapters act, and no others: one name, several, name -> weight by which the scale is multiplied, or
-        None. Several add up. Nothing is recompiled, and what is trained stays trained.
+        None. Several add up. Nothing is recompiled, and what is trained stays trained. A module that two adapters train
+        whole is one parameter object for both, and so is an optimizer's state for it.
 
         Raises ValueError for a name that is not there, a weight that is no number, and two adapters that both train the
         same module whole.
         """
         self._check("activate", merged=False)
         weights = self._weights(which)
-        owner: dict[str, str] = {}
-        for name in weights:
-            for tensor in self._entries[name].saved.tensors():
-                if tensor in owner:
-                    raise ValueError(
-                        f"activate: {owner[tensor]!r} and {name!r} both have {tensor}; one of them can be active"
-                    )
-                owner[tensor] = name
+        _check_apart({name: self._entries[name].saved for name in weights}, "activate")
         for name, entry in self._entries.items():
             entry.saved.check_movable(name in weights)
         self.active = weights
@@ -168,7 +161,8 @@ class Tuning:
     def swap(self, name: str, directory: str | os.PathLike) -> None:
         """Put the adapter in `directory` into the place of `name`, which stays active and trainable as it was.
 
-        Nothing is recompiled where it adapts no other layers and its rank is at most the capacity. Raises what
+        Nothing is recompiled where it adapts no other layers and its rank is at most the capacity. An optimizer made
+        before holds the old adapter's moments: make a new one. Raises what
         :func:`peftops.load` raises, ValueError for a name that is not there. The model is then untouched.
         """
         self._check("swap", merged=False)
@@ -178,24 +172,31 @@ class Tuning:
         self._check_base_unchanged(loaded.plan)
         check_not_tied(self.model, loaded.plan.saved)
         layers, factors = loaded.plan.layers, loaded.plan.factors
-        places = dict.fromkeys((*entry.layers, *entry.blank))  # in one order on all ranks
+        # In one order on all ranks.
+        places = {path: self.model.get_submodule(path) for path in (*entry.layers, *entry.blank)}
         self._check_movable()
-        with self._base_values():
-            new = [path for path in layers if path not in places]
-            self._fill(name, {path: layers[path] for path in new}, factors)
-            for path in places:
-                layer = self.model.get_submodule(path)
-                if path in layers:
-                    layer.swap_(name, layers[path], factors[path])
-                else:
-                    layer.clear_(name)
-            saved = _saved_of(self.model, loaded.plan)
-            saved.assign(loaded.saved_values)
-            saved.leave()
+        with self._flags_kept():
+            with self._base_values():
+                saved = _saved_of(self.model, loaded.plan)
+                saved.assign(loaded.saved_values)
+                saved.leave()
+            _check_apart({key: saved if key == name else self._entries[key].saved for key in self.active}, "swap")
+            # Whatever can fail comes before anything is written.
+            ready = {
+                path: layer.ready_to_swap(name, layers[path], factors[path])
+                for path, layer in places.items()
+                if path in layers
+            }
+            self._fill(name, {path: adapter for path, adapter in layers.items() if path not in places}, factors)
+        for path, layer in places.items():
+            if path in layers:
+                layer.take_(name, layers[path], ready[path])
+            else:
+                layer.clear_(name)
+        _leave(entry.saved)
         entry.method, entry.saved, entry.skipped = loaded.method, saved, loaded.plan.skipped
         entry.layers, entry.blank = list(layers), sorted(places.keys() - layers.keys())
-        for path in new:
-            self.model.get_submodule(path).requires_grad_(False)
+        self._set_factor_flags(name)
         self._apply_activation()
 
     def delete(self, name: str) -> None:
@@ -207,7 +208,7 @@ class Tuning:
         entry = self._entry(name, "delete")
         if len(self._entries) == 1:
             raise ValueError(f"delete: {name!r} is the only adapter; detach() takes it out")
-        entry.saved.leave()
+        _leave(entry.saved)
         for path in (*entry.layers, *entry.blank):
             _take_out(self.model.get_submodule(path), name)
         del self._entries[name]
@@ -230,7 +231,7 @@ class Tuning:
                 raise ValueError(f"save: name which adapter; there are {', '.join(map(repr, self._entries))}")
             (name,) = candidates
         entry = self._entry(name, "save")
-        layers = {path: self.model.get_submodule(path) for path in entry.layers}
+        layers = {path: self._layer(path) for path in entry.layers}
         config, tensors = to_files(self.model, entry.method, name, layers, entry.saved)
         spread = any(is_dtensor(parameter) for parameter in self.model.parameters())
         if not spread or torch.distributed.get_rank() == 0:
@@ -260,15 +261,25 @@ class Tuning:
         """
         self._check("merge")
         layers = self._layers()
+        check_own_weights(self.model, layers, "merge")
         for name, layer in layers.items():
-            _check_own_weight(self.model, name, "merge")
             if reason := layer.why_not_merge():
                 raise RuntimeError(f"merge: {name}: {reason}")
         report = report or probe is not None
         before = None if probe is None else run_probe(self.model, probe)
-        errors = [
-            layer.merge(keep_base, partial(measure_layer, name) if report else None) for name, layer in layers.items()
-        ]
+        if probe is not None:
+            compare_outputs(before, before)  # raises for an output without numbers while nothing has changed
+        apart = [layer for layer in layers.values() if not layer.merged]
+        try:
+            errors = [
+                layer.merge(keep_base, partial(measure_layer, name) if report else None)
+                for name, layer in layers.items()
+            ]
+        except BaseException:
+            for layer in apart:
+                if keep_base:
+                    layer.unmerge()
+            raise
         if not keep_base:
             for name, entry in self._entries.items():
                 if name in self.active:
@@ -362,11 +373,12 @@ class Tuning:
     # ---- private -------------------------------------------------------------------------------------------------
 
     def _insert(self, name, method, what: Plan, trainable, values, capacity=None) -> None:
-        self._fill(name, what.layers, what.factors, capacity)
         saved = _saved_of(self.model, what)
+        self._fill(name, what.layers, what.factors, capacity)
         if values is not None:
             saved.assign(values)
         self._entries[name] = _Entry(method, list(what.layers), saved, trainable, what.skipped, [])
+        self._set_factor_flags(name)
 
     def _fill(self, name: str, layers: dict, factors: dict, capacity: int | None = None) -> None:
         """Put the adapter into these layers, or into none of them."""
@@ -385,38 +397,59 @@ class Tuning:
             raise
 
     def _apply_activation(self) -> None:
-        """Bring scales, modules that are trained whole and requires_grad in line with `active`."""
+        """Bring scales and the modules that are trained whole in line with `active`."""
         for path, layer in self._layers().items():
             own = {name: weight for name, weight in self.active.items() if path in self._entries[name].layers}
             layer.set_active(own)
         inactive = [entry for name, entry in self._entries.items() if name not in self.active]
         for entry in inactive:
-            entry.saved.leave()
-            for parameter in entry.saved.parameters().values():
-                parameter.requires_grad_(False)
+            _leave(entry.saved)
         for name in self.active:
-            self._entries[name].saved.enter()
-        for name, parameter in self._own_parameters().items():
-            parameter.requires_grad_(self._trainable[name])
+            entry = self._entries[name]
+            entry.saved.enter()
+            for parameter in entry.saved.parameters().values():
+                parameter.requires_grad_(entry.trainable)
 
-    @property
-    def _trainable(self) -> dict[str, bool]:
-        """Full name -> whether the parameter is trained, in the order of the adapters."""
-        found = {}
-        for name, entry in self._entries.items():
-            for path in entry.layers:
-                for key in self.model.get_submodule(path).factor_parameters(name):
-                    found[f"{path}.{key}.{name}"] = entry.trainable
-            if name in self.active:
-                found.update(dict.fromkeys(entry.saved.parameters(), entry.trainable))
-        return found
+    def _set_factor_flags(self, name: str) -> None:
+        """Let the factors of one adapter be trained, or not. What a swap has left empty is not."""
+        entry = self._entries[name]
+        for path in (*entry.layers, *entry.blank):
+            layer = self._layer(path)
+            for key, parameter in layer.factor_parameters(name).items():
+                empty = path in entry.blank or (key == "lora_bias" and not layer.adapters[name].lora_bias)
+                parameter.requires_grad_(entry.trainable and not empty)
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: self.model.get_parameter(name) for name in self._trainable}
+        """Full name -> factor, or parameter that an active adapter trains in place, in the order of the adapters."""
+        found: dict[str, nn.Parameter] = {}
+        for name, entry in self._entries.items():
+            for path in (*entry.layers, *entry.blank):
+                factors = self._layer(path).factor_parameters(name)
+                found.update({f"{path}.{key}.{name}": parameter for key, parameter in factors.items()})
+            if name in self.active:
+                found.update(entry.saved.parameters())
+        return found
 
     def _layers(self) -> dict[str, LoRALayer]:
         paths = [path for entry in self._entries.values() for path in (*entry.layers, *entry.blank)]
-        return {path: self.model.get_submodule(path) for path in dict.fromkeys(paths)}
+        return {path: self._layer(path) for path in dict.fromkeys(paths)}
+
+    def _layer(self, path: str) -> LoRALayer:
+        layer = self.model.get_submodule(path)
+        if not isinstance(layer, LoRALayer):
+            raise RuntimeError(f"{path} was replaced by a plain {type(layer).__name__} after its adapter was put in")
+        return layer
+
+    @contextmanager
+    def _flags_kept(self) -> Iterator[None]:
+        """Afterwards, also after an error, the parameters that were there have their requires_grad of before."""
+        flags = {name: p.requires_grad for name, p in all_parameters(self.model)}
+        try:
+            yield
+        finally:
+            for name, parameter in all_parameters(self.model):
+                if name in flags:
+                    parameter.requires_grad_(flags[name])
 
     @contextmanager
     def _base_values(self) -> Iterator[None]:
@@ -439,8 +472,9 @@ class Tuning:
             raise TypeError(f"activate: got {which!r}, but it must be a name, names, name -> weight, or None")
         for name, weight in weights.items():
             self._entry(name, "activate")
-            if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+            if not isinstance(weight, numbers.Real) or isinstance(weight, bool) or not abs(weight) <= _LARGEST_WEIGHT:
                 raise ValueError(f"activate: the weight of {name!r} is {weight!r}, but it must be a number")
+            weights[name] = float(weight)
         return weights
 
     def _entry(self, name: object, action: str) -> _Entry:
@@ -506,13 +540,24 @@ def read(model: nn.Module, directory: str | os.PathLike, action: str) -> Loaded:
     return from_files(model, config, tensors, f"{action}: {os.fspath(directory)}")
 
 
-def _check_own_weight(model: nn.Module, path: str, action: str) -> None:
-    others = [other for other in owners(model, model.get_submodule(path).weight) if other != f"{path}.weight"]
-    if others:
-        raise RuntimeError(
-            f"{action}: {path}.weight is tied to {', '.join(others)}, which would change with it; give {path} a weight "
-            "of its own before attaching (in transformers: tie_word_embeddings=False)"
-        )
+def _leave(saved: Saved) -> None:
+    """Take an adapter's own values out of the model, where they are there, with flags and gradients."""
+    if saved.inside:
+        saved.leave()
+        for parameter in saved.parameters().values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _check_apart(saved: Mapping[str, Saved], action: str) -> None:
+    owner: dict[str, str] = {}
+    for name, own in saved.items():
+        for tensor in own.tensors():
+            if tensor in owner:
+                raise ValueError(
+                    f"{action}: {owner[tensor]!r} and {name!r} both have {tensor}; one of them can be active"
+                )
+            owner[tensor] = name
 
 
 def _saved_of(model: nn.Module, what: Plan) -> Saved:

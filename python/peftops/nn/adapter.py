@@ -48,7 +48,9 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str | C
 def check_name(name: object) -> None:
     """Raise ValueError for a name that an adapter cannot have: it becomes an attribute of the layers' modules."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
-        raise ValueError(f"name is {name!r}, but it must be made of letters, digits, _ and -, and begin with a letter")
+        raise ValueError(
+            f"name is {name!r}, but it must be made of letters, digits, _ and -, and not begin with a digit or -"
+        )
     if hasattr(ByName(), name) or hasattr(Scales(), name):
         raise ValueError(f"name is {name!r}, which torch.nn uses itself; choose another")
 

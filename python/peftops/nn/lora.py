@@ -134,13 +134,24 @@ class LoRALayer(nn.Module):
             raise ValueError(f"init is {adapter.init!r}, which changes the base weight under the other adapters")
         self._insert(name, adapter, values, start)
 
-    def swap_(self, name: str, adapter: Adapter, factors: Factors) -> None:
-        """Put another adapter into the place of `name`: into the same memory where rank and dtype fit, else into new
-        memory of the same parameter objects. The rest of the place is filled with zeros.
+    def ready_to_swap(self, name: str, adapter: Adapter, factors: Factors) -> Factors:
+        """Values for :meth:`take_`, in the layer's dtype and device and of the capacity of `name` or more. Raises
+        ValueError for an adapter that does not fit.
         """
         ready, _ = self._ready(self, adapter, factors, max(adapter.rank, self.capacity(name)))
-        new_bias = ready.bias is None and name in self.lora_bias
-        ready = ready._replace(bias=torch.zeros_like(self.lora_bias[name])) if new_bias else ready
+        no_bias = ready.bias is None and name in self.lora_bias
+        return ready._replace(bias=torch.zeros_like(self.lora_bias[name])) if no_bias else ready
+
+    def swap_(self, name: str, adapter: Adapter, factors: Factors) -> None:
+        """Put another adapter into the place of `name`: into the same memory where rank and dtype fit, else into new
+        memory of the same parameter objects. The rest of the place is filled with zeros; gradients are dropped.
+
+        Raises ValueError for an adapter that does not fit; the layer is then untouched.
+        """
+        self.take_(name, adapter, self.ready_to_swap(name, adapter, factors))
+
+    def take_(self, name: str, adapter: Adapter, ready: Factors) -> None:
+        """The second half of :meth:`swap_`, for what :meth:`ready_to_swap` returned."""
         with torch.no_grad():
             for held, value in zip((self.lora_a, self.lora_b, self.lora_bias), ready, strict=True):
                 if value is None:
@@ -153,6 +164,7 @@ class LoRALayer(nn.Module):
                     held[name] = nn.Parameter(value, requires_grad=held[name].requires_grad)
                 else:
                     held[name].data = value
+                held[name].grad = None
         self.adapters[name] = adapter
         self._refresh_scales()
 
@@ -162,6 +174,7 @@ class LoRALayer(nn.Module):
             for held in (self.lora_a, self.lora_b, self.lora_bias):
                 if name in held:
                     held[name].zero_()
+                    held[name].grad = None
 
     def delete_(self, name: str) -> None:
         """Take one adapter out; where its initialisation changed the base weight, that is restored."""
@@ -203,8 +216,9 @@ class LoRALayer(nn.Module):
 
     def factors(self, name: str) -> Factors:
         """The adapter's own ranks, without what is only held ready."""
-        rank = self.adapters[name].rank
-        return Factors(self.lora_a[name][:rank], self.lora_b[name][:, :rank], self.lora_bias.get(name))
+        adapter = self.adapters[name]
+        bias = self.lora_bias[name] if adapter.lora_bias else None  # a swap may have left an empty one
+        return Factors(self.lora_a[name][: adapter.rank], self.lora_b[name][:, : adapter.rank], bias)
 
     def factor_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Attribute -> parameter of one adapter: lora_a, lora_b and, where it has one, lora_bias."""
@@ -346,21 +360,20 @@ class LoRALayer(nn.Module):
                 self._kept = self._original = None
             return None
         names = list(self.active)
-        if keep_base:
-            self._kept = {"weight": self.weight.detach().to("cpu", copy=True), "bias": self._host_bias()}
-        result = None
+        kept = {"weight": self.weight.detach().to("cpu", copy=True), "bias": self._host_bias()} if keep_base else None
+        before = delta = None
         if names:
             delta = self.delta_weight(names[0])
             for name in names[1:]:
                 delta += self.delta_weight(name)
+            bias = self._bias_delta(names)
             before = self.weight.detach().clone() if measure is not None else None
             self.weight.copy_(delta + self.weight)
-            result = measure(before, delta, self.weight.detach()) if measure is not None else None
-            self._merge_bias(names)
+            self._add_to_bias(bias)
+        self._kept, self.merged = kept, True
         if not keep_base:
             self._original = None
-        self.merged = True
-        return result
+        return measure(before, delta, self.weight.detach()) if names and measure is not None else None
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -383,11 +396,13 @@ class LoRALayer(nn.Module):
         bias = getattr(self, "bias", None)
         return None if bias is None else bias.detach().to("cpu", copy=True)
 
-    def _merge_bias(self, names: Sequence[str]) -> None:
-        biased = [name for name in names if name in self.lora_bias]
-        if not biased:
+    def _bias_delta(self, names: Sequence[str]) -> Tensor | None:
+        biases = [(self._merge_scale(name), self.lora_bias[name]) for name in names if name in self.lora_bias]
+        return sum(scale * bias.detach().to(self._sum_dtype()) for scale, bias in biases) if biases else None
+
+    def _add_to_bias(self, delta: Tensor | None) -> None:
+        if delta is None:
             return
-        delta = sum(self._merge_scale(name) * self.lora_bias[name].detach().to(self._sum_dtype()) for name in biased)
         if self.bias is None:
             self.bias = nn.Parameter(delta.to(self.weight.dtype), requires_grad=False)
         else:
@@ -396,7 +411,7 @@ class LoRALayer(nn.Module):
     def _merge_scale(self, name: str) -> float:
         # The operator's scale is a float32 tensor, so the merged weight takes the same number.
         scale = self.adapters[name].scaling * self.active.get(name, 1.0)
-        return torch.tensor(scale, dtype=torch.float32).item()
+        return torch.tensor(scale, dtype=torch.float32, device="cpu").item()
 
     def _sum_dtype(self) -> torch.dtype:
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
@@ -466,6 +481,8 @@ def why_not(layer: nn.Module) -> str | None:
         return f"its weight is a {type(layer.weight).__name__}, not a plain parameter"
     if layer.weight.dtype not in BASE_DTYPES:
         return f"its weight is {name_of(layer.weight.dtype)}"
+    if taken := [name for name in _ADDED if hasattr(layer, name)]:
+        return f"it has an attribute {taken[0]!r} of its own, which an adapter needs"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance (by accelerate's offloading hooks, for example)"
     return None
