@@ -279,6 +279,20 @@ def test_two_adapters_under_dropout_draw_masks_of_their_own():
     assert all(abs(shares[value] - share) < 0.03 for value, share in expected.items())
 
 
+def test_the_summary_tells_the_adapters_apart(directories):
+    base, paths = directories
+    tuning = load(base, paths["a"], name="a")
+    tuning.add("b", paths["b"], capacity=9)
+    summary = tuning.summary()
+    assert [(row.name, row.adapter, row.rank) for row in summary.modules if row.name == "layers.0.up"] == [
+        ("layers.0.up", "a", 3),
+        ("layers.0.up", "b", 5),
+    ]
+    assert summary.parameters == 2 * (3 * (16 + 16) + 3 * (16 + 24)) + 2 * (5 * (16 + 24) + 5 * (24 + 16))
+    lines = [line.split()[:3] for line in str(summary).splitlines()]
+    assert ["layers.*.up", "a", "2"] in lines and ["layers.*.up", "b", "2"] in lines
+
+
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
 

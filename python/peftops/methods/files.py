@@ -19,13 +19,15 @@ from torch import Tensor
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+OWN = "peftops_"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _LARGEST_CONFIG = 2**24  # bytes; a pattern for each layer of a large model is far below
 
 
 def save_adapter(directory: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
     """Write both files. Each is written under a temporary name and then renamed, the configuration last: a file that
-    is there is whole.
+    is there is whole. What only peftops knows, strings under keys that begin with `peftops_`, goes into the metadata of
+    the tensors: PEFT warns of every key that it does not know in a configuration.
 
     Raises ImportError without safetensors, NotADirectoryError where `directory` is a file.
     """
@@ -35,8 +37,9 @@ def save_adapter(directory: str | os.PathLike, config: dict, tensors: dict[str, 
         raise NotADirectoryError(f"save: {folder} is a file, but it must be a directory")
     folder.mkdir(parents=True, exist_ok=True)
     host = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
-    text = json.dumps(config, indent=2, sort_keys=True)
-    _write(folder / TENSORS, lambda path: safetensors.torch.save_file(host, path, metadata={"format": "pt"}))
+    own = {key: value for key, value in config.items() if key.startswith(OWN)}
+    text = json.dumps({key: value for key, value in config.items() if key not in own}, indent=2, sort_keys=True)
+    _write(folder / TENSORS, lambda path: safetensors.torch.save_file(host, path, metadata={"format": "pt", **own}))
     _write(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -57,7 +60,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def load_adapter(directory: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and tensors (on the host) of an adapter directory.
+    """Configuration, with what :func:`save_adapter` put beside it, and tensors (on the host) of an adapter directory.
 
     Links are followed: Hugging Face's cache holds every file as one. Raises FileNotFoundError naming the missing file,
     ValueError naming a file that is damaged, says the same thing twice or holds a pickle, ImportError without
@@ -72,10 +75,10 @@ def load_adapter(directory: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]
     config = _read_config(folder / CONFIG)
     try:
         tensors = safetensors.torch.load_file(folder / TENSORS)
-        _check_header(folder / TENSORS)
+        metadata = _read_metadata(folder / TENSORS)
     except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"load: {folder / TENSORS} is not a valid safetensors file ({error})") from None
-    return config, tensors
+    return config | {key: value for key, value in metadata.items() if key.startswith(OWN)}, tensors
 
 
 def _refuse_other_files(folder: Path) -> None:
@@ -91,11 +94,12 @@ def _refuse_other_files(folder: Path) -> None:
     raise FileNotFoundError(f"load: {folder} has no {TENSORS}{text}")
 
 
-def _check_header(path: Path) -> None:
+def _read_metadata(path: Path) -> dict[str, str]:
     """The reader checks sizes and offsets; of two entries with one name it would silently take one."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        json.loads(file.read(length), object_pairs_hook=_without_repetition)
+        header = json.loads(file.read(length), object_pairs_hook=_without_repetition)
+    return header.get("__metadata__") or {}
 
 
 def _read_config(path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""What a tuning trains, as data and as a table."""
+"""What the adapters of a model are, as data and as a table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainedModule:
-    """One module with trained parameters. kind: its class; shape: (in_features, out_features), rank: r, None for a
-    module that is trained whole; parameters and bytes: of what is trained; adapter: the adapter's name.
+    """What one adapter has in one module. kind: the module's class; shape: (in_features, out_features), with a
+    convolution's kernel among the first, rank: r, None for a module that is trained whole; parameters and bytes: of
+    what the adapter adds or trains; adapter: its name.
     """
 
     name: str
@@ -22,9 +23,8 @@ class TrainedModule:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is trained. modules: in the model's order; skipped: full name -> the reason why a linear layer was left
-    alone;
-    model_parameters: of the whole model, the trained ones among them. `print` shows a table.
+    """All adapters. modules: in the model's order; skipped: full name -> the reason why a linear layer was left alone;
+    model_parameters: of the whole model, the adapters' among them. `print` shows a table.
     """
 
     modules: tuple[TrainedModule, ...]
@@ -33,7 +33,7 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """Number of trained parameters."""
+        """Number of the adapters' parameters."""
         return sum(module.parameters for module in self.modules)
 
     @property
@@ -43,20 +43,21 @@ class Summary:
 
     @property
     def share(self) -> float:
-        """Trained parameters / all parameters of the model."""
+        """The adapters' parameters / all parameters of the model."""
         return self.parameters / self.model_parameters if self.model_parameters else 0.0
 
     def __str__(self) -> str:
         groups: dict[tuple, list[TrainedModule]] = {}
         for module in self.modules:
             pattern = ".".join("*" if part.isdigit() else part for part in module.name.split("."))
-            key = (pattern, module.kind, module.shape, module.rank)
+            key = (pattern, module.adapter, module.kind, module.shape, module.rank)
             groups.setdefault(key, []).append(module)
-        rows = [("layers", "count", "kind", "in -> out", "rank", "parameters", "bytes")]
-        for (name, kind, shape, rank), members in groups.items():
+        rows = [("layers", "adapter", "count", "kind", "in -> out", "rank", "parameters", "bytes")]
+        for (name, adapter, kind, shape, rank), members in groups.items():
             rows.append(
                 (
                     name,
+                    adapter,
                     str(len(members)),
                     kind,
                     f"{shape[0]} -> {shape[1]}" if shape else "whole",
@@ -65,7 +66,7 @@ class Summary:
                     f"{sum(member.bytes for member in members):,}",
                 )
             )
-        rows.append(("trained", str(len(self.modules)), "", "", "", f"{self.parameters:,}", f"{self.bytes:,}"))
+        rows.append(("all", "", str(len(self.modules)), "", "", "", f"{self.parameters:,}", f"{self.bytes:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"{100 * self.share:.3f}% of the model's {self.model_parameters:,} parameters")

@@ -349,7 +349,7 @@ class Tuning:
     # ---- report --------------------------------------------------------------------------------------------------
 
     def summary(self) -> Summary:
-        """What the adapters train; `print(tuning.summary())` shows a table."""
+        """What the adapters are; `print(tuning.summary())` shows a table."""
         self._check("summary")
         rows = []
         for name, entry in self._entries.items():
