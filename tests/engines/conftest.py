@@ -21,6 +21,7 @@ def seeded(one_thread):
 def own_precision(monkeypatch):
     """Trainer with bf16=True leaves it in the environment and in accelerate's state, for every later Trainer."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
 

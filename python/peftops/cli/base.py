@@ -93,8 +93,11 @@ def _class_of(adapter_config: dict, config):
     architectures = config.architectures or ["AutoModel"]
     name = _TASKS.get(adapter_config.get("task_type")) or mapping.get("base_model_class") or architectures[0]
     kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ValueError(f"transformers has no class {name!r}")
+    # The name may come from a file: of all that transformers has, only a model's class is taken.
+    if name not in (*_TASKS.values(), "AutoModel") and not (
+        isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    ):
+        raise ValueError(f"transformers has no model class {name!r}")
     return kind
 
 

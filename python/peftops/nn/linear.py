@@ -41,20 +41,24 @@ class LinearLike(LoRALayer):
 
     def _adapted(self, x, names):
         bias = self._bias_with(names)
-        if len(names) > 1 and all(self._dropout(name) == 0 for name in names):
-            a = torch.cat([self.lora_a[name] for name in names])
-            b = torch.cat([self._scale(name) * self.lora_b[name] for name in names], dim=1)
-            # 0, and with it the base layer's own path, where every scale is.
-            acting = torch.stack([self._scale(name) for name in names]).abs().amax().sign()
-            return lora_linear(x, self._weight(), bias, a, b, acting)
-        first, *others = names
-        p, seed = self._dropout(first), None
+        if len(names) == 1:
+            return self._fused(x, bias, names[0])
+        if any(self._dropout(name) > 0 for name in names):
+            y = self._fused(x, bias, names[0])
+            for name in names[1:]:
+                y = y + self._low_rank(x, name)
+            return y
+        a = torch.cat([self.lora_a[name] for name in names])
+        b = torch.cat([self._scale(name) * self.lora_b[name] for name in names], dim=1)
+        # 0, and with it the base layer's own path, where every scale is.
+        acting = torch.stack([self._scale(name) for name in names]).abs().amax().sign()
+        return lora_linear(x, self._weight(), bias, a, b, acting)
+
+    def _fused(self, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+        p, seed = self._dropout(name), None
         if p > 0:
             seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-        y = lora_linear(x, self._weight(), bias, self.lora_a[first], self.lora_b[first], self._scale(first), p, seed)
-        for name in others:
-            y = y + self._low_rank(x, name)
-        return y
+        return lora_linear(x, self._weight(), bias, self.lora_a[name], self.lora_b[name], self._scale(name), p, seed)
 
     def _dropout(self, name: str) -> float:
         return self.adapters[name].dropout if self.training else 0.0

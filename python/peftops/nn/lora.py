@@ -324,10 +324,10 @@ class LoRALayer(nn.Module):
         """The base bias and the scaled biases of B, in the base weight's dtype."""
         bias = self.bias
         for name in names:
-            if name in self.lora_bias:
+            if self.adapters[name].lora_bias:
                 scaled = self._scale(name) * self.lora_bias[name]
-                bias = scaled if bias is None else bias + scaled
-        return bias if bias is None else bias.to(self.weight.dtype)
+                bias = (scaled if bias is None else bias + scaled).to(self.weight.dtype)
+        return bias
 
     # ---- merging -------------------------------------------------------------------------------------------------
 
