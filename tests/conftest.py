@@ -55,6 +55,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def own_precision(monkeypatch):
+    """Trainer with bf16=True leaves it in the environment and in accelerate's state, for every later Trainer."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     found = waivers(LEDGER, [item.nodeid for item in items], BACKEND)
     for item in items:

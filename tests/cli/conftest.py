@@ -39,6 +39,11 @@ def quick_collection():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def each_run_has_its_precision(own_precision):
+    pass
+
+
 @pytest.fixture
 def no_plot():
     """Half of a tiny run's time goes into its plot, which test_report and test_finetune look at."""

@@ -102,3 +102,19 @@ def test_other_commands_run_alone(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "peftops: error: only finetune runs in several processes\n"
     monkeypatch.setenv("RANK", "1")
     assert main(["inspect", str(tmp_path)]) == 2 and capsys.readouterr().err == ""  # the first one has said it
+
+
+def test_accelerate_launch_starts_the_same_processes(llama, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", sentences(20))
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "peftops", "finetune"]
+    options = ["--model", llama, "--data", data, "--task", "causal-lm", "--max-steps", 2, "--batch-size"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *map(str, options), "2", "--output", tmp_path / "two"],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert finetune(*options[1:4:2], tmp_path / "one", *options[4:], 4) == 0
+    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)

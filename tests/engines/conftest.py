@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from .ranks import Ranks
 
@@ -13,17 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @pytest.fixture(autouse=True)
-def seeded(one_thread):
+def seeded(one_thread, own_precision):
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def own_precision(monkeypatch):
-    """Trainer with bf16=True leaves it in the environment and in accelerate's state, for every later Trainer."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -94,5 +94,5 @@ def test_200_steps_leave_nothing_behind(reentrant):
     objects, tensors = live()
     steps(200)
     objects_after, tensors_after = live()
-    assert tensors_after == tensors
+    assert tensors_after <= tensors  # fewer where other tests left some that went meanwhile
     assert objects_after - objects < 50  # caches of the interpreter and of torch; one object per step would be 200

@@ -170,7 +170,7 @@ def test_generation_is_pefts():
     assert torch.equal(fused.eval().generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0), wanted)
 
 
-def test_the_trainer_trains_it_as_it_trains_pefts(tmp_path):
+def test_the_trainer_trains_it_as_it_trains_pefts(own_precision, tmp_path):
     results = []
     for model in pair("bert", modules_to_save=["classifier"]):
         rows = batch("bert", 12)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peftops.methods import attach, load
 from peftops.methods import files as adapter_files
+from peftops.methods.files import load_adapter, save_adapter
 from peftops.methods.peft_config import DEFAULTS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -45,6 +46,19 @@ def test_what_is_written(saved):
     assert (config["target_modules"], config["modules_to_save"]) == (["q_proj", "up"], ["head"])
     assert config.keys() == DEFAULTS.keys()
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG, TENSORS]
+
+
+def test_the_same_adapter_is_the_same_file(saved, tmp_path):
+    """Also with a name that JSON escapes; the metadata come from a hash table, whose order differs by chance."""
+    config, tensors = load_adapter(saved)
+    tensors['a "quoted" \u00e9 \x7f name'] = torch.ones(2)
+    written = []
+    for index in range(8):
+        save_adapter(tmp_path / str(index), config, tensors)
+        written.append((tmp_path / str(index) / TENSORS).read_bytes())
+    assert len(set(written)) == 1
+    again_config, again = load_adapter(tmp_path / "7")
+    assert again_config == config and all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
 
 
 def test_training_resumes_to_the_bit(tmp_path):

@@ -7,9 +7,10 @@ import os
 from torch import nn
 
 from ..nn.adapter import ADAPTER
+from .entry import read
 from .lora import LoRA, plan
 from .model import plain_model
-from .tuning import Tuning, read
+from .tuning import Tuning
 
 
 def attach(model: nn.Module, method: LoRA, name: str = ADAPTER) -> Tuning:

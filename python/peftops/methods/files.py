@@ -39,8 +39,23 @@ def save_adapter(directory: str | os.PathLike, config: dict, tensors: dict[str, 
     host = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
     own = {key: value for key, value in config.items() if key.startswith(OWN)}
     text = json.dumps({key: value for key, value in config.items() if key not in own}, indent=2, sort_keys=True)
-    _write(folder / TENSORS, lambda path: safetensors.torch.save_file(host, path, metadata={"format": "pt", **own}))
+
+    def write_tensors(path: Path) -> None:
+        safetensors.torch.save_file(host, path, metadata={"format": "pt", **own})
+        _sort_metadata(path)
+
+    _write(folder / TENSORS, write_tensors)
     _write(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _sort_metadata(path: Path) -> None:
+    """The writer puts them in a random order; the same adapter is to be the same file."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

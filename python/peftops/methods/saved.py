@@ -88,6 +88,14 @@ class Saved:
             # Copies, for another adapter may take over and train what lies in the model.
             self._own = self._exchange({name: value.clone() for name, value in self._original.items()})
 
+    def retire(self) -> None:
+        """:meth:`leave`, and what training has left on the parameters, flags and gradients, goes too."""
+        if self._own is None:
+            self.leave()
+            for parameter in self.parameters().values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
     def enter(self) -> None:
         """Put the adapter's values into the model."""
         if self._own is not None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .entry import Entry
 
 
 @dataclass(frozen=True)
@@ -72,3 +78,38 @@ class Summary:
         lines.append(f"{100 * self.share:.3f}% of the model's {self.model_parameters:,} parameters")
         lines.extend(f"left alone: {name}: {reason}" for name, reason in self.skipped.items())
         return "\n".join(lines)
+
+
+def summarize(model: nn.Module, entries: Mapping[str, Entry]) -> Summary:
+    """The summary of the adapters `entries`, by name, in `model`."""
+    rows = []
+    for name, entry in entries.items():
+        for path in entry.layers:
+            layer = model.get_submodule(path)
+            factors = [factor for factor in layer.factors(name) if factor is not None]
+            shape = (math.prod(factors[0].shape[1:]), factors[1].shape[0])
+            rows.append(_row(path, layer, name, factors, shape, layer.adapters[name].rank))
+        for path in entry.saved.modules:
+            module = model.get_submodule(path)
+            rows.append(_row(path, module, name, list(module.parameters()), None, None))
+        for path in entry.saved.names:
+            owner = model.get_submodule(path.rpartition(".")[0])
+            rows.append(_row(path, owner, name, [model.get_parameter(path)], None, None))
+    position = {path: index for index, (path, _) in enumerate(model.named_modules())}
+    rows.sort(key=lambda row: position.get(row.name, position.get(row.name.rpartition(".")[0])))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    skipped = {path: reason for entry in entries.values() for path, reason in entry.skipped.items()}
+    return Summary(tuple(rows), skipped, total)
+
+
+def _row(
+    name: str,
+    module: nn.Module,
+    adapter: str,
+    parameters: list[Tensor],
+    shape: tuple[int, int] | None,
+    rank: int | None,
+) -> TrainedModule:
+    count = sum(parameter.numel() for parameter in parameters)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return TrainedModule(name, type(module).__name__, shape, rank, count, size, adapter)

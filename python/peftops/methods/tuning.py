@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,30 +13,15 @@ from torch import nn
 from ..nn import inits
 from ..nn.adapter import check_name
 from ..nn.dtensor import is_dtensor
-from ..nn.lora import LoRALayer, lora_class
-from .files import load_adapter, save_adapter
+from ..nn.lora import LoRALayer
+from .entry import Entry, active_weights, check_apart, fill, flags_kept, read, take_out
+from .files import save_adapter
 from .lora import LoRA, Plan, plan
 from .merge_report import MergeReport, compare_outputs, measure_layer, run_probe
 from .model import all_parameters, check_not_fully_sharded, check_not_tied, check_own_weights
-from .peft_files import Loaded, from_files, to_files
+from .peft_files import to_files
 from .saved import Saved
-from .summary import Summary, TrainedModule
-
-_LARGEST_WEIGHT = 1e30  # times a scaling it has to be a float32 number
-
-
-@dataclass
-class _Entry:
-    """One adapter of a tuning. layers: full names of those that it adapts; blank: of those that hold an empty place for
-    it, left by a swap.
-    """
-
-    method: LoRA
-    layers: list[str]
-    saved: Saved
-    trainable: bool
-    skipped: dict[str, str]
-    blank: list[str]
+from .summary import Summary, summarize
 
 
 class Tuning:
@@ -61,7 +43,7 @@ class Tuning:
         check_name(name)
         self.model = model
         self._attached, self._disabled = True, False
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self.active: dict[str, float] = {}
         # By name: a move from the meta device makes new parameter objects.
         self._requires_grad = {name: p.requires_grad for name, p in all_parameters(model)}
@@ -137,7 +119,7 @@ class Tuning:
         self._check_base_unchanged(what)
         check_not_tied(self.model, what.saved)
         self._check_movable()
-        with self._flags_kept(), self._base_values():
+        with flags_kept(self.model), self._base_values():
             self._insert(name, method, what, trainable, values, capacity)
             self._entries[name].saved.leave()
         self._apply_activation()
@@ -151,8 +133,10 @@ class Tuning:
         same module whole.
         """
         self._check("activate", merged=False)
-        weights = self._weights(which)
-        _check_apart({name: self._entries[name].saved for name in weights}, "activate")
+        weights = active_weights(which)
+        for name in weights:
+            self._entry(name, "activate")
+        check_apart({name: self._entries[name].saved for name in weights}, "activate")
         for name, entry in self._entries.items():
             entry.saved.check_movable(name in weights)
         self.active = weights
@@ -173,27 +157,27 @@ class Tuning:
         check_not_tied(self.model, loaded.plan.saved)
         layers, factors = loaded.plan.layers, loaded.plan.factors
         # In one order on all ranks.
-        places = {path: self.model.get_submodule(path) for path in (*entry.layers, *entry.blank)}
+        places = {path: self.model.get_submodule(path) for path in entry.places}
         self._check_movable()
-        with self._flags_kept():
+        with flags_kept(self.model):
             with self._base_values():
-                saved = _saved_of(self.model, loaded.plan)
+                saved = Saved(self.model, loaded.plan.saved, loaded.plan.trained, loaded.plan.replaced)
                 saved.assign(loaded.saved_values)
                 saved.leave()
-            _check_apart({key: saved if key == name else self._entries[key].saved for key in self.active}, "swap")
+            check_apart({key: saved if key == name else self._entries[key].saved for key in self.active}, "swap")
             # Whatever can fail comes before anything is written.
             ready = {
                 path: layer.ready_to_swap(name, layers[path], factors[path])
                 for path, layer in places.items()
                 if path in layers
             }
-            self._fill(name, {path: adapter for path, adapter in layers.items() if path not in places}, factors)
+            fill(self.model, name, {path: adapter for path, adapter in layers.items() if path not in places}, factors)
         for path, layer in places.items():
             if path in layers:
                 layer.take_(name, layers[path], ready[path])
             else:
                 layer.clear_(name)
-        _leave(entry.saved)
+        entry.saved.retire()
         entry.method, entry.saved, entry.skipped = loaded.method, saved, loaded.plan.skipped
         entry.layers, entry.blank = list(layers), sorted(places.keys() - layers.keys())
         self._set_factor_flags(name)
@@ -208,9 +192,9 @@ class Tuning:
         entry = self._entry(name, "delete")
         if len(self._entries) == 1:
             raise ValueError(f"delete: {name!r} is the only adapter; detach() takes it out")
-        _leave(entry.saved)
-        for path in (*entry.layers, *entry.blank):
-            _take_out(self.model.get_submodule(path), name)
+        entry.saved.retire()
+        for path in entry.places:
+            take_out(self.model.get_submodule(path), name)
         del self._entries[name]
         self.active.pop(name, None)
         self._apply_activation()
@@ -351,50 +335,17 @@ class Tuning:
     def summary(self) -> Summary:
         """What the adapters are; `print(tuning.summary())` shows a table."""
         self._check("summary")
-        rows = []
-        for name, entry in self._entries.items():
-            for path in entry.layers:
-                layer = self.model.get_submodule(path)
-                factors = [factor for factor in layer.factors(name) if factor is not None]
-                shape = (math.prod(factors[0].shape[1:]), factors[1].shape[0])
-                rows.append(_row(path, layer, name, factors, shape, layer.adapters[name].rank))
-            for path in entry.saved.modules:
-                module = self.model.get_submodule(path)
-                rows.append(_row(path, module, name, list(module.parameters()), None, None))
-            for path in entry.saved.names:
-                owner = self.model.get_submodule(path.rpartition(".")[0])
-                rows.append(_row(path, owner, name, [self.model.get_parameter(path)], None, None))
-        position = {path: index for index, (path, _) in enumerate(self.model.named_modules())}
-        rows.sort(key=lambda row: position.get(row.name, position.get(row.name.rpartition(".")[0])))
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        skipped = {path: reason for entry in self._entries.values() for path, reason in entry.skipped.items()}
-        return Summary(tuple(rows), skipped, total)
+        return summarize(self.model, self._entries)
 
     # ---- private -------------------------------------------------------------------------------------------------
 
     def _insert(self, name, method, what: Plan, trainable, values, capacity=None) -> None:
-        saved = _saved_of(self.model, what)
-        self._fill(name, what.layers, what.factors, capacity)
+        saved = Saved(self.model, what.saved, what.trained, what.replaced)
+        fill(self.model, name, what.layers, what.factors, capacity)
         if values is not None:
             saved.assign(values)
-        self._entries[name] = _Entry(method, list(what.layers), saved, trainable, what.skipped, [])
+        self._entries[name] = Entry(method, list(what.layers), saved, trainable, what.skipped, [])
         self._set_factor_flags(name)
-
-    def _fill(self, name: str, layers: dict, factors: dict, capacity: int | None = None) -> None:
-        """Put the adapter into these layers, or into none of them."""
-        done = []
-        try:
-            for path, adapter in layers.items():
-                layer = self.model.get_submodule(path)
-                if isinstance(layer, LoRALayer):
-                    layer.add_(name, adapter, factors.get(path), capacity)
-                else:
-                    lora_class(layer).adapt_(layer, adapter, name, factors.get(path), capacity)
-                done.append(layer)
-        except BaseException:
-            for layer in done:
-                _take_out(layer, name)
-            raise
 
     def _apply_activation(self) -> None:
         """Bring scales and the modules that are trained whole in line with `active`."""
@@ -403,7 +354,7 @@ class Tuning:
             layer.set_active(own)
         inactive = [entry for name, entry in self._entries.items() if name not in self.active]
         for entry in inactive:
-            _leave(entry.saved)
+            entry.saved.retire()
         for name in self.active:
             entry = self._entries[name]
             entry.saved.enter()
@@ -413,7 +364,7 @@ class Tuning:
     def _set_factor_flags(self, name: str) -> None:
         """Let the factors of one adapter be trained, or not. What a swap has left empty is not."""
         entry = self._entries[name]
-        for path in (*entry.layers, *entry.blank):
+        for path in entry.places:
             layer = self._layer(path)
             for key, parameter in layer.factor_parameters(name).items():
                 empty = path in entry.blank or (key == "lora_bias" and not layer.adapters[name].lora_bias)
@@ -423,7 +374,7 @@ class Tuning:
         """Full name -> factor, or parameter that an active adapter trains in place, in the order of the adapters."""
         found: dict[str, nn.Parameter] = {}
         for name, entry in self._entries.items():
-            for path in (*entry.layers, *entry.blank):
+            for path in entry.places:
                 factors = self._layer(path).factor_parameters(name)
                 found.update({f"{path}.{key}.{name}": parameter for key, parameter in factors.items()})
             if name in self.active:
@@ -431,7 +382,7 @@ class Tuning:
         return found
 
     def _layers(self) -> dict[str, LoRALayer]:
-        paths = [path for entry in self._entries.values() for path in (*entry.layers, *entry.blank)]
+        paths = [path for entry in self._entries.values() for path in entry.places]
         return {path: self._layer(path) for path in dict.fromkeys(paths)}
 
     def _layer(self, path: str) -> LoRALayer:
@@ -441,17 +392,6 @@ class Tuning:
         return layer
 
     @contextmanager
-    def _flags_kept(self) -> Iterator[None]:
-        """Afterwards, also after an error, the parameters that were there have their requires_grad of before."""
-        flags = {name: p.requires_grad for name, p in all_parameters(self.model)}
-        try:
-            yield
-        finally:
-            for name, parameter in all_parameters(self.model):
-                if name in flags:
-                    parameter.requires_grad_(flags[name])
-
-    @contextmanager
     def _base_values(self) -> Iterator[None]:
         """Within it the modules that adapters train whole have the base model's values."""
         with ExitStack() as stack:
@@ -459,25 +399,7 @@ class Tuning:
                 stack.enter_context(entry.saved.left())
             yield
 
-    def _weights(self, which: object) -> dict[str, float]:
-        if which is None:
-            weights = {}
-        elif isinstance(which, str):
-            weights = {which: 1.0}
-        elif isinstance(which, Mapping):
-            weights = dict(which)
-        elif isinstance(which, Sequence):
-            weights = dict.fromkeys(which, 1.0)
-        else:
-            raise TypeError(f"activate: got {which!r}, but it must be a name, names, name -> weight, or None")
-        for name, weight in weights.items():
-            self._entry(name, "activate")
-            if not isinstance(weight, numbers.Real) or isinstance(weight, bool) or not abs(weight) <= _LARGEST_WEIGHT:
-                raise ValueError(f"activate: the weight of {name!r} is {weight!r}, but it must be a number")
-            weights[name] = float(weight)
-        return weights
-
-    def _entry(self, name: object, action: str) -> _Entry:
+    def _entry(self, name: object, action: str) -> Entry:
         if name not in self._entries:
             there = ", ".join(map(repr, self._entries))
             raise ValueError(f"{action}: there is no adapter {name!r}, only {there}")
@@ -530,55 +452,3 @@ class Tuning:
         for name, parameter in all_parameters(self.model):
             if name in self._requires_grad:
                 parameter.requires_grad_(self._requires_grad[name])
-
-
-def read(model: nn.Module, directory: str | os.PathLike, action: str) -> Loaded:
-    """The adapter in `directory`, compared with the model; what is wrong is named, after `action`."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise RuntimeError(f"{action}: the model has parameters on the meta device; materialise it first")
-    config, tensors = load_adapter(directory)
-    return from_files(model, config, tensors, f"{action}: {os.fspath(directory)}")
-
-
-def _leave(saved: Saved) -> None:
-    """Take an adapter's own values out of the model, where they are there, with flags and gradients."""
-    if saved.inside:
-        saved.leave()
-        for parameter in saved.parameters().values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
-
-def _check_apart(saved: Mapping[str, Saved], action: str) -> None:
-    owner: dict[str, str] = {}
-    for name, own in saved.items():
-        for tensor in own.tensors():
-            if tensor in owner:
-                raise ValueError(
-                    f"{action}: {owner[tensor]!r} and {name!r} both have {tensor}; one of them can be active"
-                )
-            owner[tensor] = name
-
-
-def _saved_of(model: nn.Module, what: Plan) -> Saved:
-    return Saved(model, what.saved, what.trained, what.replaced)
-
-
-def _take_out(layer: LoRALayer, name: str) -> None:
-    if list(layer.adapters) == [name]:
-        layer.remove_()
-    else:
-        layer.delete_(name)
-
-
-def _row(
-    name: str,
-    module: nn.Module,
-    adapter: str,
-    parameters: list[torch.Tensor],
-    shape: tuple[int, int] | None,
-    rank: int | None,
-) -> TrainedModule:
-    count = sum(parameter.numel() for parameter in parameters)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return TrainedModule(name, type(module).__name__, shape, rank, count, size, adapter)
