@@ -1,6 +1,7 @@
 """Two processes on the CPU compute what one does with the same global batch, and speak with one voice."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,15 @@ assert run("parts", "--resume") == 0
 
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # unset, torchrun sets it and says so
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=one_thread,
     )
 
 
