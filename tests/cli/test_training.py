@@ -9,8 +9,10 @@ import peftops
 import pytest
 import torch
 from peftops.cli import finetune as command
-from peftops.cli import training
+from peftops.cli import job, training
 from peftops.cli.callbacks import Progress
+from peftops.cli.model import Loaded
+from peftops.cli.settings import Settings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
@@ -266,3 +268,12 @@ def test_a_model_that_cannot_checkpoint_is_named(llama, unlabelled, tmp_path, ca
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     arguments = ("finetune", "--model", llama, "--data", unlabelled, "--output", tmp_path / "run")
     assert "--gradient-checkpointing: LlamaForCausalLM" in fails(capsys, *arguments, "--gradient-checkpointing")
+
+
+def test_everything_that_is_trained_over_a_16_bit_model_is_float32(llama):
+    """Also where a name of --modules-to-save is the end of others: "norm" means "input_layernorm" as well."""
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    settings = Settings(model=str(llama), data="", modules_to_save=("norm",))
+    job.lora(settings, Loaded(model, None, ()))
+    trained = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "model.layers.0.input_layernorm.weight" in trained and set(trained.values()) == {torch.float32}

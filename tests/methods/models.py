@@ -34,6 +34,22 @@ _VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, 
 _VISION |= {"image_size": 8, "patch_size": 4}
 
 
+class Net(nn.Module):
+    """One layer of each kind, one of them without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 12)
+        self.conv = nn.Conv1d(12, 10, 3, padding=1)
+        self.up, self.down = nn.Linear(10, 14), nn.Linear(14, 10, bias=False)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, ids):
+        # Contiguous: from a transposed input torch computes other last bits where the weight is frozen.
+        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2).contiguous()
+        return self.head(x + self.down(self.up(x).relu()))
+
+
 def llama(**options):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, intermediate_size=24, **heads, **options))

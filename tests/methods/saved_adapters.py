@@ -6,25 +6,8 @@ import peft
 import torch
 from peftops.methods.files import PREFIX
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from .models import distance
-
-
-class Net(nn.Module):
-    """One layer of each kind."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 12)
-        self.conv = nn.Conv1d(12, 10, 3, padding=1)
-        self.up, self.down = nn.Linear(10, 14), nn.Linear(14, 10, bias=False)
-        self.head = nn.Linear(10, 4)
-
-    def forward(self, ids):
-        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2)
-        return self.head(x + self.down(self.up(x).relu()))
-
+from .models import Net, distance
 
 TARGETS = ["embed", "conv", "up", "down"]
 

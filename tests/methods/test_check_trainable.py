@@ -14,11 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from .models import Block, llama, randomise, tokens
 
 
-@pytest.fixture(autouse=True)
-def seeded(seed, one_thread):
-    torch.manual_seed(seed)
-
-
 def batch():
     return {"input_ids": tokens(), "labels": tokens()}
 

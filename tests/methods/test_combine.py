@@ -13,16 +13,11 @@ from peftops.methods.files import PREFIX, load_adapter, save_adapter
 from peftops.methods.progress import progress
 from torch import nn
 
-from .models import distance, llama, tokens
-from .saved_adapters import TARGETS, Net, adapter, delta, rank_of, same, stored
+from .models import Net, distance, llama, tokens
+from .saved_adapters import TARGETS, adapter, delta, rank_of, same, stored
 
 LOW_RANK = ("linear", "cat", "svd")
 DENSE = ("ties", "dare", "dare_ties")
-
-
-@pytest.fixture(autouse=True)
-def seeded(seed, one_thread):
-    torch.manual_seed(seed)
 
 
 # ---- the sum ---------------------------------------------------------------------------------------------------------

@@ -18,11 +18,6 @@ from .models import Block, bert, distance, inputs, llama, randomise, tokens
 UP = LoRA(rank=3, alpha=5, target_modules=["up"])
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 # ---- dtypes ----------------------------------------------------------------------------------------------------------
 
 

@@ -10,16 +10,11 @@ from peftops.methods import deltas
 from peftops.methods.combine import combine
 from peftops.methods.files import PREFIX, load_adapter
 
-from .models import distance
-from .saved_adapters import TARGETS, Net, adapter, delta, same, stored
+from .models import Net, distance
+from .saved_adapters import TARGETS, adapter, delta, same, stored
 
 LOW_RANK = ("linear", "cat", "svd")
 DENSE = ("ties", "dare", "dare_ties")
-
-
-@pytest.fixture(autouse=True)
-def seeded(seed, one_thread):
-    torch.manual_seed(seed)
 
 
 # ---- low rank --------------------------------------------------------------------------------------------------------

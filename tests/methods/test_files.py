@@ -21,11 +21,6 @@ from .models import Block, randomise, tokens
 pytestmark = pytest.mark.filterwarnings("ignore:.*trained on another base model")
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def saved(tmp_path):
     return save_block(tmp_path / "adapter")

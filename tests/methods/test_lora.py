@@ -17,11 +17,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Q_AND_UP = ["q_proj", "up"]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def snapshot(model):
     """What detach has to bring back: classes, attributes, names in their order, objects, bits, flags, modes."""
     return {

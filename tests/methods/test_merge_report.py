@@ -18,13 +18,7 @@ from peftops.methods.merge_report import (
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from .models import Block, gpt2, logits, tokens
-from .saved_adapters import Net
-
-
-@pytest.fixture(autouse=True)
-def seeded(seed, one_thread):
-    torch.manual_seed(seed)
+from .models import Block, Net, gpt2, logits, tokens
 
 
 def merged(dtype, shape=(24, 16), scale=1e-2):

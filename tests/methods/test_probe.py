@@ -14,11 +14,6 @@ from transformers.modeling_outputs import CausalLMOutput
 from .models import llama, tokens
 
 
-@pytest.fixture(autouse=True)
-def seeded(seed, one_thread):
-    torch.manual_seed(seed)
-
-
 class Stateful(nn.Module):
     """Dropout, BatchNorm, a counter that is replaced on every call, and all three random number generators."""
 

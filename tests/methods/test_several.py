@@ -17,11 +17,6 @@ Q_AND_UP = ["q_proj", "up"]
 FIRST = LoRA(rank=3, alpha=5, target_modules=Q_AND_UP)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def directories(tmp_path):
     """Three trained adapters of one base; what the model gives with each of them; the base."""
@@ -386,6 +381,19 @@ def test_while_merged_the_adapters_stay_as_they_are(directories):
 
 
 # ---- an initialisation that changes the base -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_init_that_changed_the_base_is_switched_off_after_a_conversion(init):
+    base, ids = llama().eval(), tokens()
+    model = copy.deepcopy(base)
+    tuning = attach(model, LoRA(rank=4, init=init, target_modules=["q_proj", "v_proj"]))
+    model.to(torch.bfloat16)
+    with tuning.disabled():
+        assert torch.equal(logits(model, ids), logits(base.to(torch.bfloat16), ids))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    tuning.detach()
+    assert torch.equal(logits(model, ids), logits(base, ids))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -19,24 +19,7 @@ from peftops.methods.files import PREFIX
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .models import distance, randomise, tokens
-
-
-class Net(nn.Module):
-    """One layer of each kind, one of them without a bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 12)
-        self.conv = nn.Conv1d(12, 10, 3, padding=1)
-        self.up, self.down = nn.Linear(10, 14), nn.Linear(14, 10, bias=False)
-        self.head = nn.Linear(10, 4)
-
-    def forward(self, ids):
-        # Contiguous: from a transposed input torch computes other last bits where the weight is frozen.
-        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2).contiguous()
-        return self.head(x + self.down(self.up(x).relu()))
-
+from .models import Net, distance, randomise, tokens
 
 METHODS = {
     "plain": LoRA(rank=2, alpha=3, target_modules=["up", "down"]),

@@ -14,18 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .test_lora import DTYPES, KINDS, K, N, adapted, close, formula, single, wide
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def fresh_compiler():
-    """All layers share the code of one forward, for which dynamo keeps a few graphs at most."""
-    torch.compiler.reset()
-
-
 # ---- a bias of B -----------------------------------------------------------------------------------------------------
 
 

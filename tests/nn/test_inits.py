@@ -16,11 +16,6 @@ CHANGING = ("pissa", "pissa_niter_8", "olora")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def weight_of(dtype=torch.float32, shape=(OUT, IN)):
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 

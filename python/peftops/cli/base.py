@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from peftops.methods.files import load_adapter
+from peftops.methods.files import FINGERPRINT, load_adapter
 
 from .errors import InputError
 from .model import first_line, hub_unreachable, load_part, resolve
@@ -118,4 +118,4 @@ def attach_files(model: torch.nn.Module, adapter: Files):
     other = [warning for warning in caught if OTHER_BASE in str(warning.message)]
     if other:
         return tuning, False
-    return tuning, True if adapter.config.get("peftops_base_fingerprint") else None
+    return tuning, True if adapter.config.get(FINGERPRINT) else None

@@ -11,7 +11,9 @@ from textwrap import shorten
 
 import torch
 
+from peftops.methods.files import FINGERPRINT
 from peftops.methods.peft_config import DEFAULTS
+from peftops.nn.adapter import name_of
 
 from .base import Files, attach_files, load_base, read_adapter
 from .errors import InputError
@@ -26,7 +28,7 @@ the exit code is 1 where it does not fit."""
 PREFIX = "base_model.model."
 LARGEST = 5
 # Settings that say nothing about the adapter itself.
-_SILENT = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "peftops_base_fingerprint", "r"}
+_SILENT = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", FINGERPRINT, "r"}
 _FACTORS = (
     (".lora_A.weight", ".lora_B.weight"),
     (".lora_embedding_A", ".lora_embedding_B"),
@@ -72,10 +74,10 @@ def describe(adapter: Files) -> dict:
         "adapter": str(adapter.path),
         "method": config.get("peft_type"),
         "base_model": config.get("base_model_name_or_path"),
-        "base_fingerprint": config.get("peftops_base_fingerprint"),
+        "base_fingerprint": config.get(FINGERPRINT),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        "dtypes": sorted({name_of(tensor.dtype) for tensor in tensors.values()}),
         "layers": layers,
         "stored_whole": whole,
         "settings": {

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from peftops.methods.targets import find_modules
+from peftops.nn.adapter import name_of
+
 from . import chat, data, packing, processes
 from .batches import IGNORED, Collator
 from .errors import InputError
@@ -116,7 +119,7 @@ def lora(settings: Settings, loaded: Loaded) -> Tuned:
     whole = (*loaded.head, *(settings.modules_to_save or ()))
     half = model.dtype in (torch.bfloat16, torch.float16)
     if half and settings.bias != "none":
-        kind = str(model.dtype).removeprefix("torch.")
+        kind = name_of(model.dtype)
         raise InputError(f"--bias {settings.bias}: the model's biases are {kind}, too coarse to be trained")
     dtype = torch.float32 if half else None
     if settings.adapter_dtype is not None:
@@ -135,9 +138,8 @@ def lora(settings: Settings, loaded: Loaded) -> Tuned:
             adapter_dtype=dtype,
             modules_to_save=whole or None,
         )
-        for name, module in model.named_modules():
-            if any(f".{name}".endswith(f".{end}") for end in whole):
-                module.to(torch.float32)  # what is trained is float32; autocast makes the products
+        for module in find_modules(model, whole).values():
+            module.to(torch.float32)  # what is trained is float32; autocast makes the products
         tuning = peftops.attach(model, method)
     except (ValueError, TypeError) as error:
         raise InputError(f"{_option(first_line(error))}: {first_line(error)}") from None

@@ -19,7 +19,7 @@ WEIGHTS_FILE = "trainable.safetensors"
 
 class OneDevice(TrainingArguments):
     """TrainingArguments for one device per process. With several GPUs in sight Trainer would take DataParallel, which
-    does not copy what a ParameterDict holds: LoRA's factors.
+    multiplies the batch by their number; several GPUs take a process each.
     """
 
     @property

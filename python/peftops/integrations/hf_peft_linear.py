@@ -14,6 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .._load import cuda_error
+from ..nn.adapter import name_of, scalar
+from ..nn.dtensor import is_dtensor
 from ..ops import lora_linear
 
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
@@ -38,12 +40,12 @@ def base_obstacle(base: nn.Module, at_rest: bool = False) -> str | None:
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if weight is None:
         return "its weight is computed from other parameters"
-    if type(weight) not in _PLAIN and not (at_rest and _is_shard(weight)):
+    if type(weight) not in _PLAIN and not (at_rest and is_dtensor(weight)):
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in _FLOATS:
-        return f"its weight is {_name(weight.dtype)}"
+        return f"its weight is {name_of(weight.dtype)}"
     if bias is not None and bias.dtype != weight.dtype:
-        return f"its bias is {_name(bias.dtype)} beside a {_name(weight.dtype)} weight"
+        return f"its bias is {name_of(bias.dtype)} beside a {name_of(weight.dtype)} weight"
     return None
 
 
@@ -79,15 +81,15 @@ def adapter_obstacle(
     if _intercepted(down) or _intercepted(up) or _intercepted(dropout):
         return "its lora_A, lora_B or lora_dropout carries hooks or a forward of its own"
     a, b = down._parameters.get("weight"), up._parameters.get("weight")
-    if (type(a) not in _PLAIN or type(b) not in _PLAIN) and not (at_rest and _is_shard(a) and _is_shard(b)):
+    if (type(a) not in _PLAIN or type(b) not in _PLAIN) and not (at_rest and is_dtensor(a) and is_dtensor(b)):
         return f"its factors are {type(a).__name__} and {type(b).__name__}"
     factors = a.dtype
     if b.dtype != factors:
-        return f"its factors are {_name(factors)} and {_name(b.dtype)}"
+        return f"its factors are {name_of(factors)} and {name_of(b.dtype)}"
     wide = factors == torch.float32 and dtype in _SIXTEEN_BITS
     # Under autocast the operator takes a 16-bit factor the way of x.
     if factors != dtype and not wide and not (autocast and factors in _SIXTEEN_BITS):
-        return f"its factors are {_name(factors)} over a {_name(dtype)} product"
+        return f"its factors are {name_of(factors)} over a {name_of(dtype)} product"
     return None
 
 
@@ -103,14 +105,10 @@ def call_obstacle(x: Tensor, weight: Tensor, autocast: bool) -> str | None:
         return f"the input is on {x.device}, the weight on {weight.device}"
     if autocast:
         if x.dtype not in _FLOATS or torch.float64 in (x.dtype, weight.dtype):
-            return f"autocast leaves a {_name(x.dtype)} input alone"
+            return f"autocast leaves a {name_of(x.dtype)} input alone"
     elif x.dtype != weight.dtype:
-        return f"the input is {_name(x.dtype)}, the weight {_name(weight.dtype)}"
+        return f"the input is {name_of(x.dtype)}, the weight {name_of(weight.dtype)}"
     return None
-
-
-def _is_shard(parameter: Tensor) -> bool:
-    return type(parameter).__name__ == "DTensor"
 
 
 def _intercepted(module: nn.Module) -> bool:
@@ -124,17 +122,7 @@ def _intercepted(module: nn.Module) -> bool:
     )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # ---- numbers as tensors ----------------------------------------------------------------------------------------------
-
-
-def _scalar(value: float, device: torch.device) -> Tensor:
-    # An inference tensor could not be saved for a later backward.
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _is_scale(value: object, device: torch.device) -> bool:
@@ -164,7 +152,7 @@ class Scaling(dict):
         for name, value in self.items():
             if isinstance(value, (int, float)):
                 if name not in self.tensors or self._numbers.get(name) != value:
-                    self.tensors[name], self._numbers[name] = _scalar(value, self.device), value
+                    self.tensors[name], self._numbers[name] = scalar(value, self.device), value
                 continue
             self._numbers.pop(name, None)
             if _is_scale(value, self.device):  # PEFT's hot-swapping makes such tensors, and writes into them
@@ -362,6 +350,6 @@ class FusedLinear(Linear):
         """How often each adapter takes part in the sum: once where active, 0 else, and 0 while disabled or merged."""
         off = self._disable_adapters or bool(self.merged_adapters)
         active = self.active_adapters
-        self._gates = {name: _scalar(0 if off else active.count(name), self.scaling.device) for name in self.lora_A}
+        self._gates = {name: scalar(0 if off else active.count(name), self.scaling.device) for name in self.lora_A}
         # PEFT's forward unmerges a layer that is disabled while merged.
         self._unmerges = self._disable_adapters and bool(self.merged_adapters)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..nn.adapter import name_of
 from . import peft_config
 from .deltas import DENSITY, KINDS, Layer, combined
-from .files import PREFIX, load_adapter, save_adapter
+from .files import FINGERPRINT, PREFIX, load_adapter, save_adapter
 from .lora import LoRA
 from .progress import progress
 
-_FINGERPRINT = "peftops_base_fingerprint"
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SHOWN = 20
 
@@ -55,7 +55,7 @@ class Combination:
         rows = [("layer", "rank", "dtype", "relative error")]
         worst = sorted(self.layers, key=lambda layer: -layer.error)
         for layer in worst[:_SHOWN]:
-            rows.append((layer.name, str(layer.rank), str(layer.dtype).removeprefix("torch."), f"{layer.error:.3g}"))
+            rows.append((layer.name, str(layer.rank), name_of(layer.dtype), f"{layer.error:.3g}"))
         if len(worst) > _SHOWN:
             rows.append((f"and {len(worst) - _SHOWN} more", "", "", ""))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -271,7 +271,7 @@ def _check_together(sources: list[_Source]) -> None:
 
 
 def _check_bases(one: _Source, other: _Source) -> None:
-    marks = one.config.get(_FINGERPRINT), other.config.get(_FINGERPRINT)
+    marks = one.config.get(FINGERPRINT), other.config.get(FINGERPRINT)
     if None not in marks and one.known == other.known and marks[0] != marks[1]:
         raise ValueError(f"combine: {one.name!r} and {other.name!r} were trained on different base models")
     for key in one.copied.keys() & other.copied.keys():
@@ -346,8 +346,8 @@ def _config(sources: list[_Source], layers: dict[str, tuple[int, float]]) -> dic
     first = sources[0]
     if all(source.layers.keys() == first.layers.keys() and source.choice == first.choice for source in sources):
         config.update({key: first.config.get(key) for key in _CHOICE})
-    if all(source.known == first.known and source.config.get(_FINGERPRINT) for source in sources):
-        config[_FINGERPRINT] = first.config[_FINGERPRINT]
+    if all(source.known == first.known and source.config.get(FINGERPRINT) for source in sources):
+        config[FINGERPRINT] = first.config[FINGERPRINT]
     return config
 
 

@@ -20,6 +20,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 OWN = "peftops_"
+FINGERPRINT = OWN + "base_fingerprint"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _LARGEST_CONFIG = 2**24  # bytes; a pattern for each layer of a large model is far below
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..nn.adapter import name_of
 from .probe import arguments_of, preserved, tensors_in
 
 # Elements that are widened to float64 at a time.
@@ -89,9 +90,8 @@ class MergeReport:
         # A layer whose share is NaN (a weight that is not finite) stands first.
         worst = sorted(self.layers, key=lambda layer: (not math.isnan(layer.lost), -layer.lost))
         for layer in worst[:_SHOWN]:
-            name = str(layer.dtype).removeprefix("torch.")
             errors = f"{layer.largest:.3g}", f"{layer.mean:.3g}", f"{layer.lost:.2%}", f"{layer.unchanged:.2%}"
-            rows.append((layer.name, name, *errors))
+            rows.append((layer.name, name_of(layer.dtype), *errors))
         if len(worst) > _SHOWN:
             rows.append((f"and {len(worst) - _SHOWN} more", "", "", "", "", ""))
         rows.append((f"all {len(worst)}", "", f"{self.largest:.3g}", f"{self.mean:.3g}", f"{self.lost:.2%}", ""))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..nn.linear import LinearLike
+from .files import OWN
 from .lora import LoRA
 from .targets import HEADS, Choice, find_modules, first_match, module_names
 
@@ -167,7 +168,7 @@ def refuse_unsupported(config: dict, where: str) -> None:
     if kind != "LORA":
         raise ValueError(f"{where}: peft_type is {kind!r}, but only 'LORA' is supported")
     for key, value in config.items():
-        if key in _READ or key in _NO_EFFECT or key.startswith("peftops_") or not value:
+        if key in _READ or key in _NO_EFFECT or key.startswith(OWN) or not value:
             continue
         if value != DEFAULTS.get(key):
             raise ValueError(f"{where}: {key} is {value!r}, which is not supported")

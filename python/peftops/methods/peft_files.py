@@ -15,15 +15,12 @@ from ..nn.adapter import BASE_DTYPES, Adapter, Factors, name_of
 from ..nn.dtensor import whole
 from ..nn.linear import LinearLike
 from ..nn.lora import LoRALayer, lora_class
-from .files import PREFIX
+from .files import FINGERPRINT, PREFIX
 from .fingerprint import fingerprint
 from .lora import LoRA, Plan, check_layer, find_biases, unused_patterns
 from .peft_config import REPEATED, read_method, refuse_unsupported, to_config, written_pattern
 from .saved import Saved, persistent_names
 from .targets import find_modules, find_targets
-
-_FINGERPRINT = "peftops_base_fingerprint"
-
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
@@ -56,7 +53,7 @@ def to_files(
     changed = any(name in layer.initial for layer in layers.values())
     rank, alpha = _doubled(method) if changed else (method.rank, method.alpha)
     config = to_config(model, method, rank, alpha, written, layers, saved.modules)
-    config[_FINGERPRINT] = fingerprint(model, [path for path in layers if f"{path}.weight" not in saved.replaced])
+    config[FINGERPRINT] = fingerprint(model, [path for path in layers if f"{path}.weight" not in saved.replaced])
     return config, tensors
 
 
@@ -199,7 +196,7 @@ def _doubts(
         )
     # A base weight that came with the adapter is no part of the base.
     names = [path for path in layers if _key_of(f"{path}.weight", layers) not in tensors]
-    if config.get(_FINGERPRINT) is not None and config[_FINGERPRINT] != fingerprint(model, names):
+    if config.get(FINGERPRINT) is not None and config[FINGERPRINT] != fingerprint(model, names):
         found.append("the adapter was trained on another base model than this one")
     return found
 

@@ -90,6 +90,12 @@ class Factors(NamedTuple):
     bias: Tensor | None = None
 
 
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A 0-d float32 tensor, as the operator takes its scale."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for backward later
+        return torch.full((), value, dtype=torch.float32, device=device)
+
+
 class ByName(nn.Module):
     """Parameters of one kind, by the adapter's name. Not an `nn.ParameterDict`, whose entries are not in the replicas
     that `nn.DataParallel` makes.
@@ -128,10 +134,8 @@ class Scales(nn.Module):
     def put(self, name: str, value: float, device: torch.device) -> None:
         if self._values.get(name) == value and getattr(self, name).device == device:
             return
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for backward later
-            tensor = torch.full((), value, dtype=torch.float32, device=device)
         self._values[name] = value
-        self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer(name, scalar(value, device), persistent=False)
 
     def drop(self, name: str) -> None:
         delattr(self, name)
@@ -142,5 +146,5 @@ class Scales(nn.Module):
         for name, value in self._values.items():
             moved = fn(getattr(self, name))
             if moved is not getattr(self, name):
-                setattr(self, name, torch.full((), value, dtype=torch.float32, device=moved.device))
+                setattr(self, name, scalar(value, moved.device))
         return self

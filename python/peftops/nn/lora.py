@@ -206,7 +206,8 @@ class LoRALayer(nn.Module):
         """Switch all adapters off or on. Off, the layer is the base layer, bit for bit."""
         if disabled != self.disabled and self._original is not None:
             # Storages are exchanged and nothing is written: a recorded graph can still run backward afterwards.
-            self._original, self.weight.data = self.weight.data, self._original.to(self.weight.device)
+            base = self._original.to(self.weight.device, self.weight.dtype)
+            self._original, self.weight.data = self.weight.data, base
         self.disabled = disabled
         self._refresh_scales()
 
@@ -469,7 +470,7 @@ def why_not(layer: nn.Module) -> str | None:
     if lora_class(layer) is None:
         base = next((known for known in _CLASSES if isinstance(layer, known)), None)
         if base is not None:
-            return f"{kind} is a subclass of nn.{base.__name__}, whose weight may be read or stored in another way"
+            return f"{kind} is a subclass of {base.__name__}, whose weight may be read or stored in another way"
         return f"{kind} is neither a linear layer, an embedding nor a convolution that LoRA knows"
     if "weight" not in layer._parameters:
         return "its weight is computed from other parameters (weight_norm, spectral_norm or pruning)"
