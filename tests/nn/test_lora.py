@@ -166,10 +166,14 @@ def test_backward_keeps_x_once_the_low_rank_product_and_a_bit_per_element():
 
 
 def test_from_linear_shares_the_parameters_and_leaves_the_layer_its_class():
-    linear = nn.Linear(K, N).eval()
+    linear, calls = nn.Linear(K, N).eval(), []
+    linear.register_forward_hook(lambda *_: calls.append(1))
     layer = LoRALinear.from_linear(linear, rank=3)
+    layer(torch.randn(2, K))
+    assert calls == []
     assert type(linear) is nn.Linear and isinstance(layer, nn.Linear) and not layer.training
     assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert list(linear.state_dict()) == ["weight", "bias"] and linear._modules == {}
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_a.default", "lora_b.default"]
     assert list(layer.state_dict()) == ["weight", "bias", "lora_a.default", "lora_b.default"]
     assert layer.adapters[ADAPTER].scaling == 1 and "rank=3" in repr(layer)

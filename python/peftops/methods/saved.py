@@ -45,11 +45,6 @@ class Saved:
         self._original = {name: tensor.detach().clone() for name, tensor in self._live().items()}
         self._own: dict[str, Tensor] | None = None
 
-    @property
-    def inside(self) -> bool:
-        """Whether the adapter's values are in the model."""
-        return self._own is None
-
     def parameters(self) -> dict[str, nn.Parameter]:
         """Full name -> parameter that can be trained."""
         return {

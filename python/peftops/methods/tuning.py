@@ -51,13 +51,12 @@ class Tuning:
         changed = [p for p, a in what.layers.items() if p not in what.factors and inits.reads_weight(a.init)]
         check_own_weights(model, changed, f"attach: init {method.init!r}")
         try:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
             self._insert(name, method, what, trainable, values)
         except BaseException:
             self._restore_requires_grad()
             raise
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        self._set_factor_flags(name)
         self.activate(name)
 
     @property

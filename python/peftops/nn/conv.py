@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import inits
 from .adapter import Adapter, factor_dtype
-from .lora import LoRALayer, why_not
+from .lora import LoRALayer
 
 
 class ConvLike(LoRALayer):
@@ -43,23 +43,8 @@ class ConvLike(LoRALayer):
 
         Raises TypeError for a layer that cannot carry LoRA, ValueError for an adapter that does not fit.
         """
-        if reason := why_not(conv):
-            raise TypeError(f"from_conv: this layer cannot carry LoRA: {reason}")
-        layer = type(conv)(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            device="meta",
-        )
-        layer.weight, layer.bias = conv.weight, conv.bias
-        layer.train(conv.training)
-        return cls.adapt_(layer, Adapter(rank=rank, alpha=rank if alpha is None else alpha, **options))
+        adapter = Adapter(rank=rank, alpha=rank if alpha is None else alpha, **options)
+        return cls._around(conv, adapter, "from_conv")
 
     @classmethod
     def _factor_shapes(cls, layer, rank):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import inits
 from .adapter import Adapter, factor_dtype
-from .lora import LoRALayer, why_not
+from .lora import LoRALayer
 
 
 class LoRAEmbedding(LoRALayer, nn.Embedding):
@@ -39,21 +39,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
         Raises TypeError for a layer that cannot carry LoRA, ValueError for an adapter that does not fit.
         """
-        if reason := why_not(embedding):
-            raise TypeError(f"from_embedding: this layer cannot carry LoRA: {reason}")
-        layer = nn.Embedding(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            padding_idx=embedding.padding_idx,
-            max_norm=embedding.max_norm,
-            norm_type=embedding.norm_type,
-            scale_grad_by_freq=embedding.scale_grad_by_freq,
-            sparse=embedding.sparse,
-            device="meta",
-        )
-        layer.weight = embedding.weight
-        layer.train(embedding.training)
-        return cls.adapt_(layer, Adapter(rank=rank, alpha=rank if alpha is None else alpha, **options))
+        adapter = Adapter(rank=rank, alpha=rank if alpha is None else alpha, **options)
+        return cls._around(embedding, adapter, "from_embedding")
 
     @classmethod
     def _factor_shapes(cls, layer, rank):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..ops import lora_linear
 from . import inits
 from .adapter import Adapter, factor_dtype
-from .lora import LoRALayer, why_not
+from .lora import LoRALayer
 
 
 class LinearLike(LoRALayer):
@@ -105,11 +105,6 @@ class LoRALinear(LinearLike, nn.Linear):
 
         Raises TypeError for a layer that cannot carry LoRA, ValueError for a hyperparameter out of range.
         """
-        reason = why_not(linear)
-        if reason is not None:
-            raise TypeError(f"from_linear: this layer cannot carry LoRA: {reason}")
-        layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.train(linear.training)
         alpha = rank if alpha is None else alpha
-        return cls.adapt_(layer, Adapter(rank, alpha, dropout, use_rslora, init, adapter_dtype, lora_bias))
+        adapter = Adapter(rank, alpha, dropout, use_rslora, init, adapter_dtype, lora_bias)
+        return cls._around(linear, adapter, "from_linear")

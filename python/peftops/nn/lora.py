@@ -16,6 +16,7 @@ follow the base weight.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -120,6 +121,19 @@ class LoRALayer(nn.Module):
         layer._insert(name, adapter, *ready)
         layer.set_active({name: 1.0})
         return layer
+
+    @classmethod
+    def _around(cls, layer: nn.Module, adapter: Adapter, call: str) -> LoRALayer:
+        """A new layer with `adapter` on the parameters of `layer`, the same objects, now frozen. `layer` keeps its
+        class, and its hooks for itself. Raises as :meth:`adapt_`, naming the `call`.
+        """
+        if reason := why_not(layer):
+            raise TypeError(f"{call}: this layer cannot carry LoRA: {reason}")
+        twin = copy.copy(layer)  # shares all that it holds, the registries of torch.nn.Module among it
+        for key, value in vars(layer).items():
+            if isinstance(value, (dict, set)):
+                setattr(twin, key, type(value)() if "_hooks" in key else value.copy())
+        return cls.adapt_(twin, adapter)
 
     def add_(self, name: str, adapter: Adapter, factors: Factors | None = None, capacity: int | None = None) -> None:
         """One more adapter, not active; arguments as those of :meth:`adapt_`.
