@@ -298,7 +298,27 @@ def a_smaller_adapter_swaps_into_a_larger_place(kind: Kind) -> None:
     close(layer(x), other(x), torch.float32)
 
 
+def what_is_not_active_has_no_part_in_the_output_not_even_as_nan(kind: Kind) -> None:
+    torch.compiler.reset()
+    layer, x = kind.adapted(), kind.x(torch.float32)
+    layer.add_("broken", Adapter(rank=4, lora_bias=kind.lora_bias))
+    with torch.no_grad():
+        for parameter in layer.factor_parameters("broken").values():
+            parameter.fill_(torch.nan)
+    expected, compiled = layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for weights in ({"default": 1.0}, {"default": 1.0, "broken": 0.0}):
+        layer.set_active(weights)
+        close(layer(x), expected.detach().double(), torch.float32)
+        layer.zero_grad()
+        y = compiled(x)
+        close(y, expected.detach().double(), torch.float32)
+        y.sum().backward()
+        own = layer.factor_parameters("default").values()
+        assert all(parameter.grad.isfinite().all() for parameter in own)
+
+
 LAWS = (
+    what_is_not_active_has_no_part_in_the_output_not_even_as_nan,
     identity_at_the_start_to_the_last_bit,
     output_and_gradients_follow_the_formula,
     several_active_adapters_add_up_with_their_weights,

@@ -172,3 +172,19 @@ def test_several_adapters_compile_to_what_eager_gives(dropout, fresh_compiler):
             compiled(x).sum().backward()
         layer.set_disabled(True)
         close(compiled(x), F.linear(x, layer.weight, layer.bias).double(), torch.float32)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_an_adapter_that_is_not_active_may_hold_nan(dropout, fresh_compiler):
+    layer, x = three(dropout=dropout).train(dropout > 0), torch.randn(33, K, requires_grad=True)
+    layer.set_active({ADAPTER: 1.0})
+    with torch.no_grad():
+        for name in ("wide", "off"):
+            for parameter in layer.factor_parameters(name).values():
+                parameter.fill_(torch.nan)
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = call(x)
+        if not dropout:
+            close(y, sum_of(layer, x.detach().double()), torch.float32)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        assert y.isfinite().all() and grad.isfinite().all()

@@ -95,7 +95,7 @@ class ConvLike(LoRALayer):
         return y
 
     def _low_rank(self, x: Tensor, name: str) -> Tensor:
-        a, b = self.lora_a[name].to(x.dtype), self.lora_b[name].to(x.dtype)
+        a, b = (self._acting(name, held[name]).to(x.dtype) for held in (self.lora_a, self.lora_b))
         x = F.dropout(x, self.adapters[name].dropout, self.training)
         padding = self.padding
         if self.padding_mode != "zeros":

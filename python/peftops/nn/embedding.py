@@ -69,7 +69,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         e = nn.Embedding.forward(self, x)
         total = e
         for name in names:
-            total = total + (self._scale(name) * self._columns(x, self.lora_a[name])) @ self.lora_b[name].t()
+            a, b = self._acting(name, self.lora_a[name]), self._acting(name, self.lora_b[name])
+            total = total + (self._scale(name) * self._columns(x, a)) @ b.t()
         return total.to(e.dtype)
 
     def _columns(self, ids: Tensor, a: Tensor) -> Tensor:

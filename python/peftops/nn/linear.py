@@ -48,8 +48,8 @@ class LinearLike(LoRALayer):
             for name in names[1:]:
                 y = y + self._low_rank(x, name)
             return y
-        a = torch.cat([self.lora_a[name] for name in names])
-        b = torch.cat([self._scale(name) * self.lora_b[name] for name in names], dim=1)
+        a = torch.cat([self._acting(name, self.lora_a[name]) for name in names])
+        b = torch.cat([self._scale(name) * self._acting(name, self.lora_b[name]) for name in names], dim=1)
         # 0, and with it the base layer's own path, where every scale is.
         acting = torch.stack([self._scale(name) for name in names]).abs().amax().sign()
         return lora_linear(x, self._weight(), bias, a, b, acting)
@@ -67,8 +67,9 @@ class LinearLike(LoRALayer):
         """s drop(x) A^T B^T composed of torch's operators, for an adapter beside another one under dropout: each draws
         a mask of its own.
         """
-        dropped = nn.functional.dropout(x, self._dropout(name)).to(self.lora_a[name].dtype)
-        low = nn.functional.linear(nn.functional.linear(dropped, self.lora_a[name]), self.lora_b[name])
+        a, b = self._acting(name, self.lora_a[name]), self._acting(name, self.lora_b[name])
+        dropped = nn.functional.dropout(x, self._dropout(name)).to(a.dtype)
+        low = nn.functional.linear(nn.functional.linear(dropped, a), b)
         return (self._scale(name) * low).to(x.dtype)
 
 

@@ -212,8 +212,8 @@ class LoRALayer(nn.Module):
         return self
 
     def set_active(self, weights: dict[str, float]) -> None:
-        """Let these adapters act, name -> weight by which the scale is multiplied, and no others."""
-        self.active = dict(weights)
+        """Let these adapters act, name -> weight by which the scale is multiplied, and no others; 0 is not active."""
+        self.active = {name: weight for name, weight in weights.items() if weight}
         self._refresh_scales()
 
     def set_disabled(self, disabled: bool) -> None:
@@ -335,12 +335,16 @@ class LoRALayer(nn.Module):
     def _scale(self, name: str) -> Tensor:
         return getattr(self.lora_scale, name)
 
+    def _acting(self, name: str, value: Tensor) -> Tensor:
+        """`value`, or zeros where the adapter is computed without being active: its NaN must not come through."""
+        return torch.where(self._scale(name) != 0, value, 0) if torch.compiler.is_compiling() else value
+
     def _bias_with(self, names: Iterable[str]) -> Tensor | None:
         """The base bias and the scaled biases of B, in the base weight's dtype."""
         bias = self.bias
         for name in names:
             if self.adapters[name].lora_bias:
-                scaled = self._scale(name) * self.lora_bias[name]
+                scaled = self._scale(name) * self._acting(name, self.lora_bias[name])
                 bias = (scaled if bias is None else bias + scaled).to(self.weight.dtype)
         return bias
 
