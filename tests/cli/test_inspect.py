@@ -2,6 +2,7 @@
 
 import json
 
+import peftops
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -128,3 +129,17 @@ def test_another_method_is_shown_without_norms(tmp_path, capsys):
     found = inspect(capsys, tmp_path)
     assert (found["method"], found["parameters"], found["stored_whole"]) == ("IA3", 4, ["q.ia3_l"])
     assert main(["inspect", str(tmp_path)]) == 0 and "0 (no LoRA)" in capsys.readouterr().out
+
+
+def test_a_grouped_convolution_and_a_bias_of_b(tmp_path, capsys):
+    model = torch.nn.ModuleDict({"conv": torch.nn.Conv1d(6, 8, 3, groups=2), "up": torch.nn.Linear(5, 7)})
+    tuning = peftops.attach(model, peftops.LoRA(rank=4, alpha=6, target_modules=["conv", "up"], lora_bias=True))
+    for parameter in tuning.parameters():
+        torch.nn.init.normal_(parameter)
+    tuning.save(tmp_path / "adapter")
+    found = inspect(capsys, tmp_path / "adapter")
+    a, b, _ = model["conv"].factors("default")
+    parts = [b[4 * g : 4 * g + 4].flatten(1) @ a[2 * g : 2 * g + 2].flatten(1) for g in range(2)]
+    assert found["layers"]["conv"]["norm"] == pytest.approx(1.5 * torch.cat(parts).norm().item(), rel=1e-5)
+    assert found["layers"]["up"]["norm"] == pytest.approx(model["up"].delta_weight("default").norm().item(), rel=1e-5)
+    assert found["stored_whole"] == []

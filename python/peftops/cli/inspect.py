@@ -68,7 +68,7 @@ def describe(adapter: Files) -> dict:
             if key_a.endswith(end_a) and key_b in tensors:
                 name = key_a.removesuffix(end_a).removeprefix(PREFIX)
                 layers[name] = _layer(name, a, tensors[key_b], config)
-                used |= {key_a, key_b}
+                used |= {key_a, key_b, f"{PREFIX}{name}.lora_B.bias"}
     whole = [key.removeprefix(PREFIX) for key in tensors if key not in used]
     return {
         "adapter": str(adapter.path),
@@ -92,9 +92,11 @@ def _layer(name: str, a: torch.Tensor, b: torch.Tensor, config: dict) -> dict:
     rank = a.shape[0]
     alpha = _of(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    # |s B A| = s sqrt(trace(A A^T B^T B)): two rank x rank matrices, never the product itself.
-    a, b = (matrix.to(torch.float64) for matrix in (a.flatten(1), b.flatten(1)))
-    squared = ((a @ a.T) * (b.T @ b)).sum().item()
+    # |s B A| = s sqrt(trace(A A^T B^T B)): two rank x rank matrices, never the product itself. In a convolution with
+    # groups each group of outputs has ranks of its own.
+    groups = rank // b.shape[1]
+    pairs = zip(*(matrix.flatten(1).to(torch.float64).chunk(groups) for matrix in (a, b)), strict=True)
+    squared = sum(((a @ a.T) * (b.T @ b)).sum().item() for a, b in pairs)
     return {"rank": rank, "alpha": alpha, "scaling": scaling, "norm": scaling * math.sqrt(max(squared, 0.0))}
 
 
