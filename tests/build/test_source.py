@@ -22,7 +22,7 @@ NATIVE = {".cpp", ".h", ".cu", ".cuh"}
 # Function-local statics that hold no fact about a device, so that they need no device key.
 DEVICE_FREE_STATICS = {
     ("common/cpu_level.cpp", "chosen"),  # the instruction-set level of the process
-    ("lora/cpu.cpp", "kernels"),  # the kernels of that level
+    ("lora/cpu_call.h", "kernels"),  # the kernels of that level
 }
 
 # What a part of the package may import from another one; a part that is not listed is free for all.

@@ -22,6 +22,16 @@ import torch
 from torch import Tensor
 
 from .contract import Contract, ErrorSample, Sample, register
+from .dispatch import (
+    Function,
+    autocast_cast,
+    autocast_factors,
+    below_autograd,
+    differentiate,
+    library,
+    records,
+    register_autocast,
+)
 
 _ops = torch.ops.peftops
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -101,20 +111,20 @@ def reference(x, weight, bias, lora_a, lora_b, scale=1.0, dropout_p=0.0, seed=No
     if scale == 0:
         return y
     if dropout_p > 0:
-        kept = reference_dropout_mask(seed, _rows(x), x.shape[-1], dropout_p).view(x.shape)
+        kept = reference_dropout_mask(seed, rows_of(x), x.shape[-1], dropout_p).view(x.shape)
         x = torch.where(kept, x, 0) / (1 - dropout_p)
     delta = torch.nn.functional.linear(torch.nn.functional.linear(x.to(lora_a.dtype), lora_a), lora_b)
     return (y + scale * delta).to(y.dtype)
 
 
-def _bytes_of(kept: Tensor) -> Tensor:
+def bytes_of(kept: Tensor) -> Tensor:
     """Keep-bits as lora_linear_forward returns them: uint8 [rows, ceil(cols / 8)], bit j of a byte = column 8 i + j."""
     rows, cols = kept.shape
     padded = torch.nn.functional.pad(kept, (0, -cols % 8)).view(rows, (cols + 7) // 8, 8)
     return (padded.int() << torch.arange(8, device=kept.device)).sum(-1).to(torch.uint8)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -126,18 +136,18 @@ def reference_forward(x, weight, bias, lora_a, lora_b, scale, tensor_scale, drop
     """`lora_linear_forward` as composed in plain torch."""
     factor = _scale(scale, tensor_scale)
     y = reference(x, weight, bias, lora_a, lora_b, factor, dropout_p, seed)
-    rows, cols = _rows(x), x.shape[-1]
+    rows, cols = rows_of(x), x.shape[-1]
     mask = torch.empty(0, dtype=torch.uint8, device=x.device)
     if factor == 0:
-        s = torch.zeros(rows, lora_a.shape[0], dtype=_accumulator(x.dtype), device=x.device)
+        s = torch.zeros(rows, lora_a.shape[0], dtype=accumulator_of(x.dtype), device=x.device)
         return y, s, mask if dropout_p == 0 else torch.zeros(rows, (cols + 7) // 8, dtype=torch.uint8, device=x.device)
     tokens = x.reshape(rows, cols)
     if dropout_p > 0:
         mask = reference_dropout_mask(seed, rows, (cols + 7) // 8 * 8, dropout_p)
         tokens = torch.where(mask[:, :cols], tokens, 0)
-        mask = _bytes_of(mask)
+        mask = bytes_of(mask)
     s = factor / (1 - dropout_p) * torch.nn.functional.linear(tokens.to(lora_a.dtype), lora_a)
-    return y, s.to(_accumulator(x.dtype)), mask
+    return y, s.to(accumulator_of(x.dtype)), mask
 
 
 def reference_backward(
@@ -160,7 +170,7 @@ def reference_backward(
     """`lora_linear_backward` as composed in plain torch."""
     factor = _scale(scale, tensor_scale) / (1 - dropout_p)
     features = weight.shape[1]
-    g = grad.reshape(_rows(grad), weight.shape[0])
+    g = grad.reshape(rows_of(grad), weight.shape[0])
     kept = torch.ones(g.shape[0], features, dtype=torch.bool, device=grad.device)
     if dropout_p > 0 and factor != 0:
         kept = ((mask[:, :, None] >> torch.arange(8, device=grad.device)) & 1).bool().flatten(1)[:, :features]
@@ -191,11 +201,11 @@ def _(x, weight, bias, lora_a, lora_b, scale=1.0, dropout_p=0.0, seed=None):
 
 @torch.library.register_fake("peftops::lora_linear_forward")
 def _(x, weight, bias, lora_a, lora_b, scale, tensor_scale, dropout_p, seed):
-    rows = _rows(x)
+    rows = rows_of(x)
     mask = (rows, (x.shape[-1] + 7) // 8) if dropout_p > 0 else (0,)
     return (
         x.new_empty(*x.shape[:-1], weight.shape[0]),
-        x.new_empty(rows, lora_a.shape[0], dtype=_accumulator(x.dtype)),
+        x.new_empty(rows, lora_a.shape[0], dtype=accumulator_of(x.dtype)),
         x.new_empty(mask, dtype=torch.uint8),
     )
 
@@ -233,7 +243,7 @@ def _(seed, rows, cols, p):
     return seed.new_empty(rows, cols, dtype=torch.bool)
 
 
-def _rows(x: Tensor) -> int:
+def rows_of(x: Tensor) -> int:
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
@@ -243,21 +253,12 @@ def _rows(x: Tensor) -> int:
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
-class _Function(torch.autograd.Function):
-    @classmethod
-    def apply(cls, *args):
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        # Past torch.autograd.Function.apply, which inspects the signature of `forward` in every call.
-        return super(torch.autograd.Function, cls).apply(*args)
-
-
-class _LoRALinear(_Function):
+class _LoRALinear(Function):
     """lora_linear_forward with its gradient."""
 
     @staticmethod
     def forward(*args):
-        return _below_autograd(_ops.lora_linear_forward.default, args)
+        return below_autograd(_ops.lora_linear_forward.default, args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -276,16 +277,16 @@ class _LoRALinear(_Function):
         x, weight, lora_a, lora_b, tensor_scale, s, mask = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         args = (grad, x, weight, lora_a, lora_b, ctx.scale, tensor_scale, ctx.dropout_p, s, mask, *needs)
-        grads = _differentiate(_ops.lora_linear_backward.default, _LoRALinearBackward, args)
+        grads = differentiate(_ops.lora_linear_backward.default, _LoRALinearBackward, args)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-class _LoRALinearBackward(_Function):
+class _LoRALinearBackward(Function):
     """lora_linear_backward, whose own gradient is refused."""
 
     @staticmethod
     def forward(*args):
-        return _below_autograd(_ops.lora_linear_backward.default, args)
+        return below_autograd(_ops.lora_linear_backward.default, args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -296,44 +297,28 @@ class _LoRALinearBackward(_Function):
         raise RuntimeError("lora_linear: double backward is not supported (backward was called with create_graph=True)")
 
 
-def _below_autograd(op, args):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def _records(args) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-
-
-def _differentiate(op, function, args):
-    return function.apply(*args) if _records(args) else _below_autograd(op, args)
-
-
 def _lora_linear(x, weight, bias, lora_a, lora_b, scale=1.0, dropout_p=0.0, seed=None):
     args = (x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    if _records(args):
+    if records(args):
         return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scale, None, dropout_p, seed)[0]
-    return _below_autograd(_ops.lora_linear.default, args)
+    return below_autograd(_ops.lora_linear.default, args)
 
 
 def _lora_linear_tensor_scale(x, weight, bias, lora_a, lora_b, scale, dropout_p=0.0, seed=None):
     args = (x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    if _records(args):
+    if records(args):
         return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, 1.0, scale, dropout_p, seed)[0]
-    return _below_autograd(_ops.lora_linear.tensor_scale, args)
+    return below_autograd(_ops.lora_linear.tensor_scale, args)
 
 
-# Not a composite in C++: checkpointing ends its recomputation with an exception out of save_for_backward, which would
-# not survive the C boundary. torch.library.register_autograd takes 50 microseconds more per call.
-_library = torch.library.Library("peftops", "IMPL")
-_library.impl("lora_linear", _lora_linear, "Autograd")
-_library.impl("lora_linear.tensor_scale", _lora_linear_tensor_scale, "Autograd")
-_library.impl(
-    "lora_linear_forward", lambda *a: _differentiate(_ops.lora_linear_forward.default, _LoRALinear, a), "Autograd"
+library.impl("lora_linear", _lora_linear, "Autograd")
+library.impl("lora_linear.tensor_scale", _lora_linear_tensor_scale, "Autograd")
+library.impl(
+    "lora_linear_forward", lambda *a: differentiate(_ops.lora_linear_forward.default, _LoRALinear, a), "Autograd"
 )
-_library.impl(
+library.impl(
     "lora_linear_backward",
-    lambda *a: _differentiate(_ops.lora_linear_backward.default, _LoRALinearBackward, a),
+    lambda *a: differentiate(_ops.lora_linear_backward.default, _LoRALinearBackward, a),
     "Autograd",
 )
 
@@ -341,44 +326,20 @@ _library.impl(
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 
-def _register_autocast(device: str) -> None:
+def _autocast(device: str, overload):
     """x, weight and bias go to the autocast dtype, as for nn.Linear; the factors stay as they are."""
-    key = f"Autocast{device.upper()}"
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(tensor):
-        dtype = torch.get_autocast_dtype(device)
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
+    def call(x, weight, bias, lora_a, lora_b, *rest):
+        x, weight, bias = (autocast_cast(t, device) for t in (x, weight, bias))
+        return overload(x, weight, bias, *autocast_factors(x, lora_a, lora_b), *rest)
 
-    def factors(x, lora_a, lora_b):
-        # A 16-bit factor that is not the autocast dtype has no kernel of its own: it goes the way of x.
-        return (f if f.dtype in (torch.float32, x.dtype) else f.to(x.dtype) for f in (lora_a, lora_b))
-
-    def rule(overload):
-        def autocast(x, weight, bias, lora_a, lora_b, *rest):
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                x, weight, bias = cast(x), cast(weight), cast(bias)
-                return overload(x, weight, bias, *factors(x, lora_a, lora_b), *rest)
-
-        return autocast
-
-    def unchanged(overload):
-        # The kernels call the vendor GEMM through the dispatcher; autocast would change the dtype of its result.
-        def autocast(*args):
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return overload(*args)
-
-        return autocast
-
-    _library.impl("lora_linear", rule(_ops.lora_linear.default), key)
-    _library.impl("lora_linear.tensor_scale", rule(_ops.lora_linear.tensor_scale), key)
-    for inner in ("lora_linear_forward", "lora_linear_backward"):
-        _library.impl(inner, unchanged(getattr(_ops, inner).default), key)
+    return call
 
 
-for _device in ("cpu", "cuda"):
-    _register_autocast(_device)
+register_autocast(_ops.lora_linear.default, _autocast)
+register_autocast(_ops.lora_linear.tensor_scale, _autocast)
+register_autocast(_ops.lora_linear_forward.default)
+register_autocast(_ops.lora_linear_backward.default)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+// What the CUDA operators of this room share: matrices as the kernels take them, and one call's buffers, plans and launches.
+#pragma once
+
+#include "../common/launch.h"
+#include "cuda_kernels.h"
+#include "lora.h"
+
+namespace peftops::lora {
+
+inline void check_cuda_dtype(const char* op, const Tensor& x) {
+  PEFTOPS_CHECK(x.scalar_type() != ScalarType::Double, op, ": x has dtype float64, but must be float32, bfloat16 or float16 on CUDA");
+}
+
+inline const Kernels& kernels_for(const Tensor& x, const Tensor& lora_a) {
+  const bool wide = lora_a.scalar_type() == ScalarType::Float;
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return wide ? kernels_bfloat16_float32() : kernels_bfloat16();
+    case ScalarType::Half: return wide ? kernels_float16_float32() : kernels_float16();
+    default: return kernels_float32();
+  }
+}
+
+inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// The same matrix in whole chunks, as the kernels read it: a copy where it is not.
+inline Rows padded(const Rows& t) {
+  const int64_t size = static_cast<int64_t>(t.owner.element_size());
+  if (t.columns % 8 == 0 && t.stride * size % 16 == 0 && on_16_bytes(t.data())) return t;
+  const Tensor matrix = t.matrix();
+  const int64_t columns = round_up(t.columns, 8);
+  Tensor whole = empty_on(matrix, matrix.scalar_type(), t.rows, columns);
+  Tensor filled = torch::stable::narrow(whole, 1, 0, t.columns), rest = torch::stable::narrow(whole, 1, t.columns, columns - t.columns);
+  torch::stable::copy_(filled, matrix);
+  torch::stable::zero_(rest);
+  return {whole, columns};
+}
+
+inline Rows padded_factor(const Tensor& factor) { return padded(Rows(factor, factor.size(1))); }
+
+inline MaskBits bits_of(const Tensor& mask) {
+  return mask.dim() == 2 ? MaskBits{static_cast<uint8_t*>(mask.data_ptr()), mask.size(1)} : MaskBits{nullptr, 0};
+}
+
+struct Draw {
+  const int64_t* seed;
+  uint32_t threshold;
+};
+
+// Sums of a projection, to be added over their splits.
+struct Sums {
+  Tensor values;  // [splits * rows, stride]
+  int64_t splits, rows, stride;
+
+  const float* data() const { return values.const_data_ptr<float>(); }
+};
+
+// One call's launches.
+class Call {
+ public:
+  Call(const char* op, const Tensor& x, const Tensor& lora_a) : kernels_(kernels_for(x, lora_a)), launch_(op, x), like_(x) {}
+
+  // scale * keep(X) F^T, F as [rank, depth] or `down` as [depth, rank], drawing the mask where `draw` is given.
+  Sums project(const Rows& x, const Tensor& factor, int64_t rank, bool down, Scale scale, const Draw* draw, MaskBits mask) {
+    const Rows tokens = padded(x), f = padded_factor(factor);
+    const ShrinkPlan plan = plan_shrink(x.rows, x.columns, rank, down, kernels_.element_bytes, launch_.device());
+    const int64_t stride = round_up(rank, 8);
+    Sums sums{empty_on(like_, ScalarType::Float, checked_product(plan.split.count, x.rows, "the sums"), stride), plan.split.count, x.rows,
+              stride};
+    ShrinkTask task{};
+    task.x = tokens.data(), task.rows = x.rows, task.depth = x.columns, task.x_stride = tokens.stride;
+    task.factor = f.data(), task.rank = rank, task.factor_stride = f.stride;
+    task.depth_per_split = plan.split.length;
+    task.scale = scale;
+    if (draw) task.seed = draw->seed, task.threshold = draw->threshold;
+    task.mask = mask;
+    task.sums = static_cast<float*>(sums.values.mutable_data_ptr()), task.sums_stride = stride;
+    const Kernel<ShrinkTask> kernel = (draw ? kernels_.draw : down ? kernels_.shrink_down : kernels_.shrink)[plan.candidate];
+    launch_(kernel, {plan.row_blocks, plan.split.count, plan.rank_blocks}, kThreads, plan.shared_memory, task);
+    return sums;
+  }
+
+  // Y += keep(S F^T), F as [columns, rank] or `down` as [rank, columns]; Y is contiguous. S itself goes to `sum` where it is given.
+  void expand(const Tensor& y, int64_t columns, const Sums& sums, const Tensor& factor, int64_t rank, bool down, Scale scale, MaskBits mask,
+              float* sum, int64_t sum_stride) {
+    if (columns == 0) return;
+    const Rows f = padded_factor(factor);
+    const ExpandPlan plan = plan_expand(sums.rows, columns, kernels_.element_bytes, launch_.device());
+    ExpandTask task{};
+    task.y = y.mutable_data_ptr(), task.rows = sums.rows, task.columns = columns;
+    task.sums = sums.data(), task.splits = sums.splits, task.rank = rank, task.sums_stride = sums.stride;
+    task.sum = sum, task.sum_stride = sum_stride;
+    task.factor = f.data(), task.factor_stride = f.stride;
+    task.columns_per_block = plan.columns_per_block;
+    task.scale = scale;
+    task.mask = mask;
+    task.y_aligned = columns % 8 == 0 && on_16_bytes(task.y);
+    launch_(!down       ? kernels_.expand
+            : mask.data ? kernels_.expand_down_masked
+                        : kernels_.expand_down,
+            {plan.row_blocks, plan.column_blocks}, kThreads, plan.shared_memory, task);
+  }
+
+  // gradient = keep(G)^T S; `gradient` lies with the features or the ranks fastest. Complete after finish().
+  void gradient(const Rows& g, const float* s, int64_t s_stride, const Tensor& gradient, int64_t rank, bool features_fastest, Scale scale,
+                MaskBits mask) {
+    if (g.columns == 0) return;
+    const Rows lines = padded(g);
+    const GradientPlan plan = plan_gradient(g.rows, g.columns, rank, kernels_.element_bytes, launch_.device());
+    GradientTask task{};
+    task.g = lines.data(), task.rows = g.rows, task.features = g.columns, task.g_stride = lines.stride;
+    task.s = s, task.rank = rank, task.s_stride = s_stride;
+    task.rows_per_split = plan.split.length;
+    task.scale = scale;
+    task.mask = mask;
+    task.gradient = gradient.mutable_data_ptr();
+    task.feature_stride = features_fastest ? 1 : rank, task.rank_stride = features_fastest ? g.columns : 1;
+    if (plan.split.count > 1) {
+      const int64_t count = g.columns * rank;
+      buffers_[results_] = empty_on(like_, ScalarType::Float, plan.split.count, count);
+      task.partials = static_cast<float*>(buffers_[results_].mutable_data_ptr());
+      finish_.results[results_++] = {task.partials, plan.split.count, count, task.gradient};
+    }
+    const Kernel<GradientTask> kernel = (mask.data ? kernels_.gradient_masked : kernels_.gradient)[plan.candidate];
+    launch_(kernel, {plan.feature_blocks, plan.split.count, plan.rank_blocks}, kThreads, plan.shared_memory, task);
+  }
+
+  // Adds up what `gradient` left in parts.
+  void finish() {
+    if (results_ == 0) return;
+    int64_t count = 0;
+    for (int i = 0; i < results_; ++i) count = at_least(count, finish_.results[i].count);
+    launch_(kernels_.finish, {ceil_div(count, kFinishThreads), results_}, kFinishThreads, 0, finish_);
+  }
+
+  // The sum over the splits as a buffer [rows, stride].
+  Tensor added(const Sums& sums) {
+    if (sums.splits == 1) return sums.values;
+    Tensor sum = empty_on(like_, ScalarType::Float, sums.rows, sums.stride);
+    const int64_t count = sums.rows * sums.stride;
+    if (count == 0) return sum;
+    FinishTask task{};
+    task.results[0] = {sums.data(), sums.splits, count, sum.mutable_data_ptr()};
+    launch_(kernels_float32().finish, {ceil_div(count, kFinishThreads)}, kFinishThreads, 0, task);
+    return sum;
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Launcher launch_;
+  const Tensor like_;
+  FinishTask finish_{};
+  Tensor buffers_[2];
+  int results_ = 0;
+};
+
+// scale / (1 - p), times the tensor's value on the device.
+inline Scale scale_of(double scale, const std::optional<Tensor>& tensor_scale, double dropout_p) {
+  return {static_cast<float>(scale / (1.0 - dropout_p)), tensor_scale ? tensor_scale->const_data_ptr<float>() : nullptr};
+}
+
+inline bool is_off(Scale scale) { return scale.host == 0.0f; }
+
+}  // namespace peftops::lora
