@@ -83,16 +83,28 @@ def assert_expected(results: tuple, expected: tuple, what: str) -> None:
 
 
 def variants(contract: Contract, sample: Sample, seed: int) -> Iterator[tuple[str, ExactCall]]:
-    """The same call, then with everything changed that may change in place: values, dropout seed, scale 0, and back."""
+    """The same call, then with everything changed that may change in place: values, dropout seed, ids, scale 0, and back."""
     bound = bind(contract, sample)
     yield "first", ExactCall(contract, sample, seed)
     yield "other values", ExactCall(contract, sample, seed + 1)
     for name, tensor in tensors(bound).items():
         if name == "seed":
             yield "another dropout seed", ExactCall(contract, _with(bound, name, tensor ^ 0x5DEECE66D, sample), seed)
+        if name == "adapter_ids":
+            for what, ids in assignments(tensor, len(bound["scales"])):
+                yield what, ExactCall(contract, _with(bound, name, ids, sample), seed)
         if tensor.ndim == 0 and tensor.is_floating_point():
             yield f"{name} 0", ExactCall(contract, _with(bound, name, torch.zeros_like(tensor), sample), seed)
     yield "back", ExactCall(contract, sample, seed)
+
+
+def assignments(ids: torch.Tensor, adapters: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Other ids of the same tokens, with more and with fewer groups of them."""
+    tokens = torch.arange(ids.numel(), dtype=ids.dtype, device=ids.device).view(ids.shape)
+    yield "no adapters", torch.full_like(ids, -1)
+    if adapters:
+        yield "one adapter", torch.full_like(ids, adapters - 1)
+        yield "every adapter", tokens % adapters
 
 
 def _with(bound: Bound, name: str, tensor: torch.Tensor, sample: Sample) -> Sample:
