@@ -57,11 +57,18 @@ class GroupedCall {
     adapters_ = {lora_a.size(0), lora_a.size(1), scales_.const_data_ptr<float>(), ranks ? integers_of(ranks_) : Integers{}};
   }
 
+  // Before project and expand of a forward pass.
+  void group_forward(int64_t columns) {
+    few_ = !refuse_few(rows_, columns, kernels_.element_bytes, launch_.device());
+    group(0);
+  }
+
   // Lists the tiles and, where rows_per_part is not 0, the parts of the adapters' tokens.
   void group(int64_t rows_per_part) {
-    order_ = integers(rows_), tiles_ = integers(tile_slots(rows_, adapters_.count) * 4);
+    const int64_t tile_rows = few_ ? kFewTileRows : kGpuTile, slots = tile_slots(rows_, adapters_.count, tile_rows);
+    order_ = integers(rows_), tiles_ = integers(slots * 4);
     if (rows_per_part == 0 && rows_ <= kFewTokens) {
-      const GroupFewTask task{integers_of(ids_), rows_, adapters_.count, order(), tiles(), tile_slots(rows_, adapters_.count)};
+      const GroupFewTask task{integers_of(ids_), rows_, adapters_.count, order(), tiles(), slots, static_cast<int32_t>(tile_rows)};
       launch_(group_few_kernel(), {1}, kGroupThreads, 2 * kGroupThreads * int64_t{sizeof(int32_t)}, task);
       return;
     }
@@ -70,7 +77,7 @@ class GroupedCall {
     auto* const first = static_cast<int32_t*>(starts.mutable_data_ptr());
     launch_(group_kernel(), {groups}, kGroupThreads, 2 * kGroupThreads * int64_t{sizeof(uint64_t)},
             GroupTask{integers_of(ids_), rows_, adapters_.count, ceil_div(rows_, kGroupThreads), order(), first});
-    ListTask task{first, adapters_.count, ceil_div(groups, kListThreads), tiles(), tile_slots(rows_, adapters_.count)};
+    ListTask task{first, adapters_.count, ceil_div(groups, kListThreads), tiles(), slots};
     if (rows_per_part) {
       task.part_slots = part_slots(rows_, adapters_.count, rows_per_part);
       parts_ = integers(task.part_slots * 4), ranges_ = integers(adapters_.count * 2);
@@ -84,19 +91,23 @@ class GroupedCall {
   Sums project(const Rows& x, const Tensor& factors, bool down) {
     const Rows tokens = padded(x);
     const Stack stack(factors);
-    const GroupedShrinkPlan plan =
+    const GroupedShrinkPlan many =
         plan_grouped_shrink(rows_, x.columns, adapters_.rank, adapters_.count, down, kernels_.element_bytes, launch_.device());
+    const FewShrinkPlan few = plan_few_shrink(rows_, x.columns, adapters_.rank, adapters_.count, launch_.device());
+    const Split split = few_ ? few.split : many.split;
     const int64_t stride = round_up(adapters_.rank, 8);
-    Sums sums{empty_on(like_, ScalarType::Float, checked_product(plan.split.count, rows_, "the sums"), stride), plan.split.count, rows_,
-              stride};
+    Sums sums{empty_on(like_, ScalarType::Float, checked_product(split.count, rows_, "the sums"), stride), split.count, rows_, stride};
     GroupedShrinkTask task{};
     task.tiles = tiles(), task.order = order(), task.adapters = adapters_;
     task.x = tokens.data(), task.rows = rows_, task.depth = x.columns, task.x_stride = tokens.stride;
     task.factors = stack.data(), task.adapter_stride = stack.adapter_stride(), task.factor_stride = stack.row_stride();
-    task.depth_per_split = plan.split.length;
+    task.depth_per_split = split.length;
     task.sums = static_cast<float*>(sums.values.mutable_data_ptr()), task.sums_stride = stride;
-    launch_((down ? kernels_.shrink_down : kernels_.shrink)[plan.candidate], {plan.tiles, plan.split.count, plan.rank_blocks}, kThreads,
-            plan.shared_memory, task);
+    if (few_)
+      launch_(kernels_.shrink_few[few.candidate], {few.tiles, split.count, few.rank_blocks}, kThreads, few.shared_memory, task);
+    else
+      launch_((down ? kernels_.shrink_down : kernels_.shrink)[many.candidate], {many.tiles, split.count, many.rank_blocks}, kThreads,
+              many.shared_memory, task);
     return sums;
   }
 
@@ -112,6 +123,12 @@ class GroupedCall {
     task.factors = stack.data(), task.adapter_stride = stack.adapter_stride(), task.factor_stride = stack.row_stride();
     task.columns_per_block = plan.columns_per_block;
     task.y_aligned = columns % 8 == 0 && on_16_bytes(task.y);
+    if (few_) {
+      const FewExpandPlan few = plan_few_expand(rows_, columns, adapters_.rank, adapters_.count);
+      task.columns_per_block = kFewColumns;
+      launch_(kernels_.expand_few[few.candidate], {few.tiles, few.column_blocks}, kThreads, few.shared_memory, task);
+      return;
+    }
     launch_(down ? kernels_.expand_down : kernels_.expand, {plan.tiles, plan.column_blocks}, kThreads, plan.shared_memory, task);
   }
 
@@ -169,6 +186,7 @@ class GroupedCall {
   const Tensor like_, scales_, ids_;
   Tensor ranks_, order_, tiles_, parts_, ranges_;
   Adapters adapters_;
+  bool few_ = false;
   int64_t rows_, rows_per_part_ = 0;
 };
 
@@ -185,7 +203,7 @@ Forward forward(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   if (rows == 0 || (out_features == 0 && (rank == 0 || !saves))) return {y, zeros_on(x, ScalarType::Float, rows, rank)};
 
   GroupedCall call("grouped_lora_linear", x, lora_a, scales, adapter_ids, ranks);
-  call.group(0);
+  call.group_forward(out_features);
   Sums sums{empty_on(x, ScalarType::Float, rows, rank), 1, rows, 0};
   if (rank > 0) sums = call.project(Rows(x, features), lora_a, false);
   const bool whole = sums.splits == 1 && sums.stride == rank;

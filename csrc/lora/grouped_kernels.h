@@ -15,7 +15,7 @@ struct Integers {
   bool wide;
 };
 
-// Up to kGpuTile tokens of one group: order[first .. first + count). An unused slot has count 0.
+// Up to kGpuTile tokens (kFewTileRows where they are few) of one group: order[first .. first + count). An unused slot has count 0.
 struct alignas(16) Tile {
   int32_t group, first, count, unused;
 };
@@ -56,6 +56,7 @@ struct GroupFewTask {
   int32_t* order;
   Tile* tiles;
   int64_t tile_slots;
+  int32_t tile_rows;
 };
 
 // Where the tokens are, and what each adapter has. An adapter of scale 0 has no ranks.
@@ -128,6 +129,8 @@ struct GroupedKernels {
   Kernel<GroupedExpandTask> expand, expand_down;
   Kernel<GroupedGradientTask> gradient[2];
   Kernel<GroupedFinishTask> finish;
+  Kernel<GroupedShrinkTask> shrink_few[2];  // by kFewRanks; null where refuse_few says why
+  Kernel<GroupedExpandTask> expand_few[2];
 };
 
 Kernel<GroupTask> group_kernel();

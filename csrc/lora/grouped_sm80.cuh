@@ -41,6 +41,14 @@ PEFTOPS_DEVICE void gather(Chunk<T> (&chunks)[kCount], const T* from, int64_t st
   for (int i = 0; i < kCount; ++i) chunks[i] = column && tokens[i] >= 0 ? load_chunk(from + tokens[i] * stride) : Chunk<T>{};
 }
 
+// Zero for the ranks of these chunks that do not exist, of which there may be anything in memory.
+template <int kCount, class T>
+PEFTOPS_DEVICE void keep_ranks(Chunk<T> (&chunks)[kCount], int64_t ranks) {
+  if (ranks >= 8) return;
+#pragma unroll
+  for (Chunk<T>& chunk : chunks) keep(chunk, ranks > 0 ? (1u << ranks) - 1 : 0);
+}
+
 // ---- shrink ----------------------------------------------------------------------------------------------------------
 
 // Blocks per multiprocessor that the registers are to allow.
@@ -107,6 +115,55 @@ __global__ void __launch_bounds__(kThreads, grouped_blocks_of<typename ElementOf
 
 // ---- expand ----------------------------------------------------------------------------------------------------------
 
+// Eight ranks of a token's S.
+PEFTOPS_DEVICE Chunk<float> sum_of_splits(const GroupedExpandTask& task, int64_t token, int64_t rank) {
+  const float* from = task.sums + offset_of(token, task.sums_stride, rank);
+  Chunk<float> sum = load_chunk(from);
+#pragma unroll 4  // loads that do not wait for each other
+  for (int64_t split = 1; split < task.splits; ++split) {
+    from += task.rows * task.sums_stride;
+    const Chunk<float> next = load_chunk(from);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum.value[j] += next.value[j];
+  }
+  return sum;
+}
+
+// S of a tile's tokens, where somebody wants it: one block of each tile writes it.
+PEFTOPS_DEVICE void write_sums(const GroupedExpandTask& task, const Tile& tile) {
+  if (task.sum == nullptr || blockIdx.y != 0) return;
+  const int chunks = static_cast<int>(ceil_div(task.adapters.rank, 8));
+#pragma unroll 1
+  for (int index = thread(); index < tile.count * chunks; index += kThreads) {
+    const int64_t token = task.order[tile.first + index / chunks], rank = index % chunks * 8;
+    store_chunk(task.sum + offset_of(token, task.sum_stride, rank), sum_of_splits(task, token, rank), task.sum_stride - rank);
+  }
+}
+
+// NaN into the chunks of these tokens, `to` being in this thread's column of Y.
+template <int kCount, class Y>
+PEFTOPS_DEVICE void write_nan(Y* to, int64_t stride, const int32_t (&tokens)[kCount], int64_t columns) {
+  float nan[8];
+#pragma unroll
+  for (float& value : nan) value = float_of(0x7fc00000u);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (tokens[i] >= 0) store_chunk(to + tokens[i] * stride, chunk_of<Y>(nan), columns);
+}
+
+// Y += delta for a chunk, which is in `y` already where Y is aligned.
+template <class Y>
+PEFTOPS_DEVICE void add_chunk(Y* to, Chunk<Y> y, const float* delta, bool aligned, int64_t columns) {
+  if (!aligned) y = load_chunk(to, columns);
+  float values[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] = value_of(y, j) + delta[j];
+  if (aligned)
+    store_chunk(to, chunk_of<Y>(values));
+  else
+    store_chunk(to, chunk_of<Y>(values), columns);
+}
+
 template <class Y, class F, bool kDown>
 __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::type) == 2 ? 4 : 2)
     grouped_expand(const __grid_constant__ GroupedExpandTask task) {
@@ -119,25 +176,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::typ
   float* const delta = reinterpret_cast<float*>(factor_tile + kPanel);
   const int64_t begin = int64_t{blockIdx.y} * task.columns_per_block, end = min_of(begin + task.columns_per_block, task.columns);
   const int64_t ranks = ranks_of(task.adapters, tile.group);
-  const bool writes = task.sum != nullptr && blockIdx.y == 0;
   const F* const adapter = static_cast<const F*>(task.factors) + (ranks ? tile.group * task.adapter_stride : 0);
   const auto rank_steps = [&](int64_t first_rank) { return static_cast<int>(ceil_div(min_of(ranks - first_rank, kTile), 16)); };
 
-  // The sums of the splits for eight ranks of a line.
-  const auto sum_of = [&](int line, int64_t rank, bool write) {
-    const int64_t token = task.order[tile.first + line];
-    const float* from = task.sums + offset_of(token, task.sums_stride, rank);
-    Chunk<float> sum = load_chunk(from);
-#pragma unroll 4  // loads that do not wait for each other
-    for (int64_t split = 1; split < task.splits; ++split) {
-      from += task.rows * task.sums_stride;
-      const Chunk<float> next = load_chunk(from);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sum.value[j] += next.value[j];
-    }
-    if (write) store_chunk(task.sum + offset_of(token, task.sum_stride, rank), sum, task.sum_stride - rank);
-    return sum;
-  };
   // Into the tile, for ranks from `first_rank` on, in as many chunks a row as the products read.
   const auto load_sums = [&](int64_t first_rank) {
     const int chunks = 2 * rank_steps(first_rank);
@@ -145,28 +186,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::typ
     for (int index = thread(); index < kTile * chunks; index += kThreads) {
       const int line = index / chunks, column = index % chunks * 8;
       Chunk<float> sum{};
-      if (line < tile.count && first_rank + column < ranks) sum = sum_of(line, first_rank + column, false);
+      if (line < tile.count && first_rank + column < ranks) sum = sum_of_splits(task, task.order[tile.first + line], first_rank + column);
       put(s_tile, line / 8, line % 8, column, chunk_of<E>(sum.value));
     }
   };
 
-  if (writes) {
-    const int chunks = static_cast<int>(ceil_div(task.adapters.rank, 8));
-#pragma unroll 1
-    for (int index = thread(); index < tile.count * chunks; index += kThreads) sum_of(index / chunks, index % chunks * 8, true);
-  }
   int32_t tokens[kTileChunks];
   fetch_tokens<kChunksPerRow>(tokens, task.order + tile.first, tile.count);
   Y* const y_rows = static_cast<Y*>(task.y);
-  if (names_none(task.adapters, tile.group)) {
-    float nan[8];
-#pragma unroll
-    for (float& value : nan) value = float_of(0x7fc00000u);
+  write_sums(task, tile);
+  if (names_none(task.adapters, tile.group))
     for (int64_t column = begin + Mine::column(); column < end; column += kTile)
-#pragma unroll
-      for (int i = 0; i < kTileChunks; ++i)
-        if (tokens[i] >= 0) store_chunk(y_rows + offset_of(tokens[i], task.columns, column), chunk_of<Y>(nan), task.columns - column);
-  }
+      write_nan(y_rows + column, task.columns, tokens, task.columns - column);
   if (ranks == 0) return;
 
   for (int64_t first_column = begin; first_column < end; first_column += kTile) {
@@ -183,6 +214,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::typ
       Chunk<F> factor[kTileChunks];
       fetch<kChunksPerRow>(factor, adapter + offset_of(row, task.factor_stride, factor_column), task.factor_stride,
                            rows_within(row, kDown ? ranks : task.columns, kTile, factor_column < (kDown ? task.columns : ranks)));
+      if constexpr (!kDown) keep_ranks(factor, ranks - factor_column);
 #pragma unroll
       for (int i = 0; i < kTileChunks; ++i) put<kChunksPerRow>(factor_tile, i, factor[i]);
       __syncthreads();
@@ -194,19 +226,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::typ
     });
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kTileChunks; ++i) {
-      if (!exists || tokens[i] < 0) continue;
-      Y* const to = y_rows + offset_of(tokens[i], task.columns, column);
-      if (!task.y_aligned) y[i] = load_chunk(to, task.columns - column);
-      const float* const added = delta + (i * Mine::kStep + Mine::line()) * kDeltaStride + Mine::column();
-      float values[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = value_of(y[i], j) + added[j];
-      if (task.y_aligned)
-        store_chunk(to, chunk_of<Y>(values));
-      else
-        store_chunk(to, chunk_of<Y>(values), task.columns - column);
-    }
+    for (int i = 0; i < kTileChunks; ++i)
+      if (exists && tokens[i] >= 0)
+        add_chunk(y_rows + offset_of(tokens[i], task.columns, column), y[i],
+                  delta + (i * Mine::kStep + Mine::line()) * kDeltaStride + Mine::column(), task.y_aligned, task.columns - column);
   }
 }
 
@@ -311,20 +334,6 @@ constexpr Kernel<GroupedShrinkTask> widest_grouped_shrink() {
     return grouped_shrink<X, F, kDown, 128>;
   else
     return nullptr;
-}
-
-template <class X, class F>
-const GroupedKernels& grouped_kernels() {
-  static constexpr GroupedKernels table{
-      sizeof(typename ElementOf<X, F>::type),
-      {grouped_shrink<X, F, false, 16>, grouped_shrink<X, F, false, 64>, widest_grouped_shrink<X, F, false>()},
-      {grouped_shrink<X, F, true, 16>, grouped_shrink<X, F, true, 64>, widest_grouped_shrink<X, F, true>()},
-      grouped_expand<X, F, false>,
-      grouped_expand<X, F, true>,
-      {grouped_gradient<X, F, 16>, grouped_gradient<X, F, 64>},
-      grouped_finish<F>,
-  };
-  return table;
 }
 
 }  // namespace sm80

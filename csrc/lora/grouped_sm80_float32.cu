@@ -1,4 +1,4 @@
-#include "grouped_sm80.cuh"
+#include "grouped_few_sm80.cuh"
 #include "grouped_tokens.cuh"
 
 namespace peftops::lora {

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kGroupThreads) group_few_tokens(const __grid_c
     const Index its = groups[other];
     less += its < group, count += its == group, before += its == group && other < token;
   }
-  tiles[token] = token < rows && before == 0 ? (count + kTile - 1) / kTile : 0;
+  tiles[token] = token < rows && before == 0 ? (count + task.tile_rows - 1) / task.tile_rows : 0;
   __syncthreads();
   int tile = 0, total = 0;
 #pragma unroll 4
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kGroupThreads) group_few_tokens(const __grid_c
   }
   if (token < rows) {
     task.order[less + before] = token;
-    if (before % kTile == 0)
-      task.tiles[tile + before / kTile] = {group, less + before, static_cast<Index>(min_of(count - before, kTile)), 0};
+    if (before % task.tile_rows == 0)
+      task.tiles[tile + before / task.tile_rows] = {group, less + before, static_cast<Index>(min_of(count - before, task.tile_rows)), 0};
   }
   for (int64_t i = total + token; i < task.tile_slots; i += kGroupThreads) task.tiles[i] = {0, 0, 0, 0};
 }

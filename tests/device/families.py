@@ -10,6 +10,9 @@ GROUP_THREADS, LIST_THREADS, MAX_GRID_Y = 256, 1024, 65535
 Walk = tuple[str, int, int, int]
 
 
+FEW_TILE, FEW_COLUMNS = 16, 256  # tokens of a tile, and columns of a block, where there are few
+
+
 def tile_slots(task: dict, tile: int) -> int:
     return task["rows"] // tile + min(task["adapters"] + 2, task["rows"])
 
@@ -26,7 +29,10 @@ def group_tokens(task: dict, tile: int, grid: list[int], options: list[str]) -> 
 
 
 def group_few_tokens(task: dict, tile: int, grid: list[int], options: list[str]) -> list[Walk]:
-    return [("rows", task["rows"], GROUP_THREADS, grid[0]), ("tiles", tile_slots(task, tile), task["tile_slots"], 1)]
+    return [
+        ("rows", task["rows"], GROUP_THREADS, grid[0]),
+        ("tiles", tile_slots(task, task["tile_rows"]), task["tile_slots"], 1),
+    ]
 
 
 def list_tiles(task: dict, tile: int, grid: list[int], options: list[str]) -> list[Walk]:
@@ -38,6 +44,17 @@ def grouped_shrink(task: dict, tile: int, grid: list[int], options: list[str]) -
         ("tiles", tile_slots(task, tile), 1, grid[0]),
         ("depth", max(task["depth"], 1), task["depth_per_split"], grid[1]),
         ("rank", max(task["rank"], 1), int(options[-1]), grid[2]),
+    ]
+
+
+def grouped_shrink_few(task: dict, tile: int, grid: list[int], options: list[str]) -> list[Walk]:
+    return grouped_shrink(task, FEW_TILE, grid, options)
+
+
+def grouped_expand_few(task: dict, tile: int, grid: list[int], options: list[str]) -> list[Walk]:
+    return [
+        ("tiles", tile_slots(task, FEW_TILE), 1, grid[0]),
+        ("columns", task["columns"], FEW_COLUMNS, grid[1]),
     ]
 
 
@@ -85,6 +102,8 @@ WALKS: dict[str, Callable[[dict, int, list[int], list[str]], list[Walk]]] = {
         list_tiles,
         grouped_shrink,
         grouped_expand,
+        grouped_shrink_few,
+        grouped_expand_few,
         grouped_gradient,
         grouped_finish,
         multi_shrink,

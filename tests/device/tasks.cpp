@@ -29,7 +29,7 @@ std::string grouped_fields(const std::string& task, const void* bytes) {
   }
   if (task == "GroupFewTask") {
     const auto& t = as<GroupFewTask>(bytes);
-    return json({{"rows", t.rows}, {"adapters", t.adapters}, {"tile_slots", t.tile_slots}});
+    return json({{"rows", t.rows}, {"adapters", t.adapters}, {"tile_slots", t.tile_slots}, {"tile_rows", t.tile_rows}});
   }
   if (task == "ListTask") {
     const auto& t = as<ListTask>(bytes);

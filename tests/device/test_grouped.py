@@ -149,3 +149,18 @@ def test_no_adapter_at_all_is_the_base_linear(seed):
     assert same_bits(grouped_lora_linear(*parts.values(), ids, torch.zeros(3, dtype=torch.int64, device=CUDA)), base)
     off = parts | {"scales": torch.zeros(3, device=CUDA)}
     assert same_bits(grouped_lora_linear(*off.values(), ids), base)
+
+
+@pytest.mark.parametrize("gpu", DEVICES)
+@emulated
+def test_long_rows_and_many_ranks_of_few_tokens_are_exact(gpu, seed):
+    """Several steps of a contraction and several blocks of columns and of ranks, whole and ragged."""
+    use(gpu, seed)
+    for rows, features, rank in ((2, 1100, 16), (40, 520, 70), (17, 2304, 130)):
+        parts = operands(torch.bfloat16, seed, rows, 3, rank, features)
+        generator = torch.Generator().manual_seed(seed)
+        wide = torch.randn((300, features), generator=generator), torch.randn((3, 300, rank), generator=generator)
+        parts["weight"], parts["lora_b"] = (t.to(CUDA, torch.bfloat16) for t in wide)
+        parts["bias"] = None
+        ids = torch.arange(rows, device=CUDA) % 4 - 1
+        exact(parts, ids, torch.tensor([rank, rank - 3, 20], device=CUDA).clamp(max=rank), seed)

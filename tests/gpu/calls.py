@@ -83,7 +83,7 @@ def assert_expected(results: tuple, expected: tuple, what: str) -> None:
 
 
 def variants(contract: Contract, sample: Sample, seed: int) -> Iterator[tuple[str, ExactCall]]:
-    """The same call, then with everything changed that may change in place: values, dropout seed, ids, scale 0, and back."""
+    """The same call, then with all changed that may change in place: values, dropout seed, ids, scale 0, and back."""
     bound = bind(contract, sample)
     yield "first", ExactCall(contract, sample, seed)
     yield "other values", ExactCall(contract, sample, seed + 1)
