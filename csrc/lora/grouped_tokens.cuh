@@ -74,8 +74,11 @@ __global__ void __launch_bounds__(kListThreads) list_tiles(const __grid_constant
     if (!task.parts || group >= task.adapters) continue;
     const Index count = parts_of(next - first);
     task.ranges[group] = {static_cast<Index>(part), count};
-    for (Index i = 0, at = first; i < count; ++i, at += task.rows_per_part)
-      task.parts[part++] = {static_cast<Index>(group), at, static_cast<Index>(min_of(next - at, task.rows_per_part)), count};
+    for (Index i = 0; i < count; ++i) {
+      const int64_t at = first + int64_t{i} * task.rows_per_part;
+      task.parts[part++] = {static_cast<Index>(group), static_cast<Index>(at), static_cast<Index>(min_of(next - at, task.rows_per_part)),
+                            count};
+    }
   }
   for (int64_t i = static_cast<uint32_t>(total) + thread(); i < task.tile_slots; i += kListThreads) task.tiles[i] = {0, 0, 0, 0};
   if (task.parts)
