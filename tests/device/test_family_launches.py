@@ -137,3 +137,91 @@ def test_more_tokens_than_the_groups_count_are_refused(observe):
 )
 def test_any_grouped_problem_is_covered(grouped, dtype, **sizes):
     grouped(dtype=DTYPES[dtype][0], factor_dtype=DTYPES[dtype][1], **sizes)
+
+
+# ---- several projections ---------------------------------------------------------------------------------------------
+
+LISTS = "x weights biases lora_a lora_b"
+
+
+@pytest.fixture(scope="module")
+def multi(observe) -> Observe:
+    """lora_linear_multi: its launches are legal and cover the problem, its results have their shapes."""
+
+    def run(**arguments) -> dict:
+        sizes = {"rows": 300, "features": 200, "widths": [304, 96, 40], "ranks": [16, 16, 16], "gradients": LISTS}
+        sizes |= arguments
+        seen = observe("observe_multi", **sizes)
+        m, k, widths, ranks = (sizes[name] for name in ("rows", "features", "widths", "ranks"))
+        dtype = sizes.get("dtype", "bfloat16")
+        factors = sizes.get("factor_dtype") or dtype
+        used = len(widths) - sizes.get("unused", 0)
+        shapes = {"x": [([m, k], dtype)], "weights": [([n, k], dtype) for n in widths[:used]]}
+        shapes |= {"biases": [([n], dtype) for n in widths[:used]], "lora_a": [([r, k], factors) for r in ranks[:used]]}
+        shapes |= {"lora_b": [([n, r], factors) for n, r in zip(widths[:used], ranks[:used], strict=True)]}
+        wanted = [([m, n], dtype) for n in widths]
+        wanted += [shape for name in sizes["gradients"].split() for shape in shapes[name]]
+        assert seen["results"] == [[*shape, "cuda:0"] for shape in wanted]
+        for launch in launches(seen):
+            task = fields(launch)
+            assert task.get("rows", m) == m
+            for name in ("depth", "columns", "features"):
+                assert task.get(name, k) in (k, *widths)
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES)
+def test_multi_launches_are_legal_on_every_gpu_and_dtype(multi, gpu, dtype, factor_dtype):
+    for ranks in ([16], [1, 8], [64, 16, 3], [65, 8], [16] * 4, [8, 8, 200, 8, 8]):
+        for dropout_p in (0.0, 0.5):
+            widths = [304, 96, 40, 7, 128][: len(ranks)]
+            multi(gpu=gpu, dtype=dtype, factor_dtype=factor_dtype, ranks=ranks, widths=widths, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_three_projections_are_four_launches_and_share_the_passes_over_x_and_its_gradient(multi, dropout_p):
+    sizes = {"gpu": "A100", "rows": 60_000, "features": 128, "widths": [128, 64, 64], "dropout_p": dropout_p}
+    forward = kernels_of(multi(**sizes, gradients=""))
+    assert forward == ["multi_shrink", "expand", "expand", "expand"]
+    backward = kernels_of(multi(**sizes, gradients="x lora_a lora_b"))[len(forward) :]
+    assert [kernel for kernel in backward if kernel != "finish"] == ["shrink"] * 3 + ["multi_expand"] + ["gradient"] * 6
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("gradients", ["", LISTS])
+def test_multi_launches_of_empty_sizes_and_unused_results_are_legal(multi, gradients, dropout_p):
+    for changed in (
+        {"features": 0},
+        {"widths": [304, 0, 40]},
+        {"ranks": [16, 0, 16]},
+        {"ranks": [0, 0, 0]},
+        {"unused": 1},
+        {"unused": 2},
+    ):
+        multi(gradients=gradients, dropout_p=dropout_p, **changed)
+    assert launches(multi(rows=0, gradients=gradients, dropout_p=dropout_p)) == []
+
+
+@pytest.mark.parametrize("size", [INT32 - 1, INT32 + 1, 3_000_000_000])
+@pytest.mark.parametrize("axis", ["rows", "features"])
+def test_multi_sizes_beyond_32_bits_are_covered(multi, axis, size):
+    sizes = {"rows": 3, "features": 24, "widths": [16, 8], "ranks": [8, 4]} | {axis: size}
+    multi(**sizes, dropout_p=0.25)
+
+
+@given(
+    rows=st.integers(1, 3000),
+    features=st.integers(1, 400),
+    widths=st.lists(st.integers(1, 300), min_size=1, max_size=6),
+    rank=st.integers(1, 140),
+    alike=st.booleans(),
+    dtype=st.integers(0, len(DTYPES) - 1),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+    gpu=st.sampled_from(sorted(GPUS)),
+)
+def test_any_multi_problem_is_covered(multi, dtype, widths, rank, alike, **sizes):
+    ranks = [rank if alike else 1 + (rank + 37 * j) % 140 for j in range(len(widths))]
+    multi(dtype=DTYPES[dtype][0], factor_dtype=DTYPES[dtype][1], widths=widths, ranks=ranks, **sizes)
