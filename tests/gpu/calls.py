@@ -14,6 +14,7 @@ from peftops.testing.samples import (
     bind,
     call_grouped,
     carrying,
+    clone_layout,
     floating,
     fresh,
     is_scale,
@@ -111,12 +112,15 @@ def variants(contract: Contract, sample: Sample, seed: int) -> Iterator[tuple[st
 
 
 def assignments(ids: torch.Tensor, adapters: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Other ids of the same tokens, with more and with fewer groups of them."""
-    tokens = torch.arange(ids.numel(), dtype=ids.dtype, device=ids.device).view(ids.shape)
-    yield "no adapters", torch.full_like(ids, -1)
+    """Other ids of the same tokens in the same layout, with more and with fewer groups of them."""
+    if 0 in ids.stride():
+        return
+    tokens = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    every = {"no adapters": torch.full_like(tokens, -1)}
     if adapters:
-        yield "one adapter", torch.full_like(ids, adapters - 1)
-        yield "every adapter", tokens % adapters
+        every |= {"one adapter": torch.full_like(tokens, adapters - 1), "every adapter": tokens % adapters}
+    for what, values in every.items():
+        yield what, clone_layout(ids).copy_(values)
 
 
 def _with(bound: Bound, name: str, tensor: torch.Tensor, sample: Sample) -> Sample:
