@@ -1,4 +1,4 @@
-"""csrc/lora/grouped_plan.h and multi_plan.h: grids that any assignment of tokens fits, passes that projections share."""
+"""csrc/lora/grouped_plan.h and multi_plan.h: grids that any assignment fits, passes that projections share."""
 
 from __future__ import annotations
 
