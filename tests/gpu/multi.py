@@ -68,7 +68,7 @@ def large(device: torch.device, index: int) -> tuple[Contract, Sample]:
 
 
 def every_kernel(device: torch.device) -> Iterator[tuple[Contract, Sample]]:
-    """Small calls that reach every kernel of the family: each dtype, two and three projections, each width of a tile."""
+    """Small calls that reach every kernel of the family: dtypes, two and three projections, widths of a tile."""
     for dtype in DTYPES:
         for widths in ((90, 40), (90, 40, 24)):
             for rank in (9, 40):
