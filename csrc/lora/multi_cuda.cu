@@ -196,74 +196,123 @@ Tensors lora_linear_multi(Tensor x, Tensors weights, OptionalTensors biases, Ten
   return forward(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, false).ys;
 }
 
+// Backward, projection by projection as gradients arrive, then what they share.
+class Backward {
+ public:
+  Backward(const MultiProblem& problem, const Tensors& weights, const Tensors& lora_a, const Tensors& lora_b, const Tensor& scales,
+           double dropout_p, const Tensor& s, const Tensor& masks, bool need_x)
+      : grad_weights(weights.size()),
+        grad_biases(weights.size()),
+        grad_a(weights.size()),
+        grad_b(weights.size()),
+        problem_(problem),
+        weights_(weights),
+        lora_a_(lora_a),
+        lora_b_(lora_b),
+        s_(s),
+        masks_(as_contiguous(masks)),
+        rows_(s.size(0)),
+        shares_x_(need_x && problem.features > 0),
+        need_x_(need_x),
+        call_(kOp, weights[0], problem, scales, dropout_p, lora_a),
+        g_(weights.size()),
+        sums_(weights.size(), Sums{Tensor(), 1, s.size(0), 0}),
+        products_(weights.size()),
+        grad_s_(weights.size()),
+        added_(weights.size()) {}
+
+  // The gradients of weight and bias, and dS_j.
+  void add(int64_t j, const Tensor& grad, const std::optional<Rows>& x, bool need_weight, bool need_bias, bool need_a, bool need_b) {
+    there_.push_back(j);
+    const int64_t rank = problem_.ranks[at(j)], out_features = problem_.out_features[at(j)];
+    const Rows& g = g_[at(j)].emplace(grad, out_features);
+    std::tie(products_[at(j)], grad_weights[at(j)], grad_biases[at(j)]) =
+        base_gradients(g, weights_[at(j)], x, need_x_, need_weight, need_bias);
+    const ScalarType type = lora_a_[at(j)].scalar_type();
+    const bool none = rows_ == 0 || rank == 0;
+    if (need_a) grad_a[at(j)] = none ? zeros_on(s_, type, rank, problem_.features) : empty_on(s_, type, rank, problem_.features);
+    if (need_b) grad_b[at(j)] = none ? zeros_on(s_, type, out_features, rank) : empty_on(s_, type, out_features, rank);
+    if (none) return;
+    adapted_.push_back(j);
+    if (!need_x_ && !need_a) return;
+    const Sums& sums = sums_[at(j)] = call_.one.project(g, lora_b_[at(j)], rank, true, call_.scale(j), nullptr, MaskBits{});
+    if (!need_a) return;
+    // The up-projection adds the splits for the gradient of lora_a as well.
+    if (sums.splits > 1 && shares_x_)
+      grad_s_[at(j)] = added_[at(j)] = empty_on(s_, ScalarType::Float, rows_, sums.stride);
+    else
+      grad_s_[at(j)] = call_.one.added(sums);
+  }
+
+  // dX = sum of dY_j W_j + keep_j(dS_j A_j).
+  Tensor grad_x() {
+    if (!need_x_) return {};
+    Tensor sum = products_[at(there_[0])];
+    if (adapted_.size() == there_.size() && shares_x_ && call_.expands_together(there_)) {
+      call_.expand(there_, products_, sums_, lora_a_, masks_, added_);
+      return sum;
+    }
+    for (size_t i = 1; i < there_.size(); ++i) sum = torch::stable::subtract(sum, products_[at(there_[i])], -1.0);
+    for (const int64_t j : adapted_)
+      call_.one.expand(sum, problem_.features, sums_[at(j)], lora_a_[at(j)], problem_.ranks[at(j)], true, call_.scale(j),
+                       mask_of(masks_, j), added_[at(j)].defined() ? static_cast<float*>(added_[at(j)].mutable_data_ptr()) : nullptr,
+                       sums_[at(j)].stride);
+    return sum;
+  }
+
+  // dB_j = dY_j^T S_j and dA_j = dS_j^T keep_j(X), after grad_x.
+  void factor_gradients(const std::optional<Rows>& x) {
+    for (const int64_t j : adapted_) {
+      const int64_t rank = problem_.ranks[at(j)];
+      Call call(kOp, weights_[0], lora_a_[at(j)]);
+      if (grad_b[at(j)].defined()) {
+        const Rows saved = padded(Rows(columns_of(s_, problem_.first_rank[at(j)], rank), rank));
+        call.gradient(*g_[at(j)], static_cast<const float*>(saved.data()), saved.stride, grad_b[at(j)], rank, false, call_.scale(j),
+                      MaskBits{});
+      }
+      if (grad_a[at(j)].defined())
+        call.gradient(*x, grad_s_[at(j)].const_data_ptr<float>(), sums_[at(j)].stride, grad_a[at(j)], rank, true, call_.scale(j),
+                      mask_of(masks_, j));
+      call.finish();
+    }
+  }
+
+  Tensors grad_weights, grad_biases, grad_a, grad_b;
+
+ private:
+  static constexpr const char* kOp = "lora_linear_multi_backward";
+
+  const MultiProblem& problem_;
+  const Tensors &weights_, &lora_a_, &lora_b_;
+  const Tensor s_, masks_;
+  const int64_t rows_;
+  const bool shares_x_, need_x_;
+  MultiCall call_;
+  Indices there_, adapted_;  // projections with a gradient, and those of them with an adapter
+  std::vector<std::optional<Rows>> g_;
+  std::vector<Sums> sums_;  // dS_j in its splits
+  Tensors products_, grad_s_, added_;  // dY_j W_j; dS_j where lora_a needs it; the same where the up-projection makes it
+};
+
 MultiGradients lora_linear_multi_backward(OptionalTensors grads, std::optional<Tensor> x, Tensors weights, Tensors lora_a, Tensors lora_b,
                                           Tensor scales, double dropout_p, Tensor s, Tensor masks, bool need_x,
                                           std::vector<bool> need_weight, std::vector<bool> need_bias, std::vector<bool> need_a,
                                           std::vector<bool> need_b) {
-  const char* op = "lora_linear_multi_backward";
   const MultiProblem problem =
       check_multi_backward(grads, x, weights, lora_a, lora_b, scales, dropout_p, s, masks, need_weight, need_bias, need_a, need_b);
-  check_cuda_dtype(op, weights[0]);
-  const int64_t rows = s.size(0), features = problem.features;
-  const size_t count = grads.size();
-  const std::optional<Rows> tokens = x ? std::optional<Rows>(std::in_place, *x, features) : std::nullopt;
-  const Tensor bits = as_contiguous(masks);
-  MultiCall call(op, weights[0], problem, scales, dropout_p, lora_a);
-  std::vector<std::optional<Rows>> g(count);
-  Tensors products(count), grad_weights(count), grad_biases(count), grad_a(count), grad_b(count), grad_s(count);
-  std::vector<Sums> sums(count, Sums{Tensor(), 1, rows, 0});
-  Indices there, adapted;  // projections with a gradient, and with an adapter in it
-  for (int64_t j = 0; j < problem.count(); ++j) {
-    if (!grads[at(j)]) continue;
-    there.push_back(j);
-    const int64_t rank = problem.ranks[at(j)], out_features = problem.out_features[at(j)];
-    const Rows& mine = g[at(j)].emplace(*grads[at(j)], out_features);
-    std::tie(products[at(j)], grad_weights[at(j)], grad_biases[at(j)]) =
-        base_gradients(mine, weights[at(j)], tokens, need_x, need_weight[at(j)], need_bias[at(j)]);
-    const ScalarType type = lora_a[at(j)].scalar_type();
-    const bool none = rows == 0 || rank == 0;
-    if (need_a[at(j)]) grad_a[at(j)] = none ? zeros_on(s, type, rank, features) : empty_on(s, type, rank, features);
-    if (need_b[at(j)]) grad_b[at(j)] = none ? zeros_on(s, type, out_features, rank) : empty_on(s, type, out_features, rank);
-    if (none) continue;
-    adapted.push_back(j);
-    if (!need_x && !need_a[at(j)]) continue;
-    sums[at(j)] = call.one.project(mine, lora_b[at(j)], rank, true, call.scale(j), nullptr, MaskBits{});
-    // The up-projection adds the splits for the gradient of lora_a as well.
-    if (need_a[at(j)])
-      grad_s[at(j)] = sums[at(j)].splits == 1  ? sums[at(j)].values
-                      : need_x && features > 0 ? empty_on(s, ScalarType::Float, rows, sums[at(j)].stride)
-                                               : call.one.added(sums[at(j)]);
+  check_cuda_dtype("lora_linear_multi_backward", weights[0]);
+  const std::optional<Rows> tokens = x ? std::optional<Rows>(std::in_place, *x, problem.features) : std::nullopt;
+  Backward backward(problem, weights, lora_a, lora_b, scales, dropout_p, s, masks, need_x);
+  const Tensor* first = nullptr;
+  for (size_t j = 0; j < grads.size(); ++j) {
+    if (!grads[j]) continue;
+    if (!first) first = &*grads[j];
+    backward.add(static_cast<int64_t>(j), *grads[j], tokens, need_weight[j], need_bias[j], need_a[j], need_b[j]);
   }
-
-  Tensor grad_x;
-  if (need_x) {
-    grad_x = products[at(there[0])];
-    Tensors added(count);
-    for (const int64_t j : adapted)
-      if (grad_s[at(j)].defined() && sums[at(j)].splits > 1) added[at(j)] = grad_s[at(j)];
-    if (adapted.size() == there.size() && features > 0 && call.expands_together(there)) {
-      call.expand(there, products, sums, lora_a, bits, added);
-    } else {
-      for (size_t i = 1; i < there.size(); ++i) grad_x = torch::stable::subtract(grad_x, products[at(there[i])], -1.0);
-      for (const int64_t j : adapted)
-        call.one.expand(grad_x, features, sums[at(j)], lora_a[at(j)], problem.ranks[at(j)], true, call.scale(j), mask_of(bits, j),
-                        added[at(j)].defined() ? static_cast<float*>(added[at(j)].mutable_data_ptr()) : nullptr, sums[at(j)].stride);
-    }
-  }
-  for (const int64_t j : adapted) {
-    const int64_t rank = problem.ranks[at(j)];
-    Call factors(op, weights[0], lora_a[at(j)]);
-    if (need_b[at(j)]) {
-      const Rows saved = padded(Rows(columns_of(s, problem.first_rank[at(j)], rank), rank));
-      factors.gradient(*g[at(j)], static_cast<const float*>(saved.data()), saved.stride, grad_b[at(j)], rank, false, call.scale(j),
-                       MaskBits{});
-    }
-    if (need_a[at(j)])
-      factors.gradient(*tokens, grad_s[at(j)].const_data_ptr<float>(), sums[at(j)].stride, grad_a[at(j)], rank, true, call.scale(j),
-                       mask_of(bits, j));
-    factors.finish();
-  }
-  return multi_backward_results(*grads[at(there[0])], features, {grad_x, grad_weights, grad_biases, grad_a, grad_b});
+  const Tensor grad_x = backward.grad_x();
+  backward.factor_gradients(tokens);
+  return multi_backward_results(*first, problem.features,
+                                {grad_x, backward.grad_weights, backward.grad_biases, backward.grad_a, backward.grad_b});
 }
 
 }  // namespace
