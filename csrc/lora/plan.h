@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "../common/device.h"
 #include "../common/index.h"
@@ -133,6 +134,39 @@ inline GradientPlan plan_gradient(int64_t rows, int64_t features, int64_t rank, 
   plan.split = plan_split(rows, plan.feature_blocks * plan.rank_blocks, element_bytes, device);
   plan.shared_memory = 2 * int64_t{kGpuTile * block + factor_tile_elements(ranks, true)} * element_bytes;
   return plan;
+}
+
+// D = sum_j X_j W_j^T + bias in one kernel. It moves whole tiles, four on their way at a time.
+constexpr int kGemmTile = 128;  // rows and columns of a block
+constexpr int kGemmDepth = 32;  // of the contraction
+constexpr int kGemmStages = 4;
+constexpr int64_t kGemmMemory = int64_t{kGemmStages} * 2 * kGemmTile * kGemmDepth * 2;
+constexpr int64_t kGemmGroup = 8;  // rows of blocks that go down the columns together, so that what they read meets in the second cache
+
+struct GemmPlan {
+  int64_t row_blocks, column_blocks;
+};
+
+inline const char* refuse_gemm_sm80(int64_t rows, int64_t columns, const Device& device) {
+  if (device.sm < 80) return "mma.sync of bfloat16 needs compute capability 8.0";
+  if (kGemmMemory > device.shared_memory) return "the tiles do not fit the shared memory";
+  if (ceil_div(rows, kGemmTile) > std::numeric_limits<int32_t>::max() / at_least(ceil_div(columns, kGemmTile), 1))
+    return "the result has more tiles than CUDA launches blocks";
+  return nullptr;
+}
+
+inline GemmPlan plan_gemm_sm80(int64_t rows, int64_t columns) { return {ceil_div(rows, kGemmTile), ceil_div(columns, kGemmTile)}; }
+
+// The tile of block `index` of row_blocks * column_blocks.
+struct GemmBlock {
+  int32_t row, column;
+};
+
+PEFTOPS_HOST_DEVICE GemmBlock gemm_block(uint32_t index, uint32_t row_blocks, uint32_t column_blocks) {
+  const uint32_t group = kGemmGroup < row_blocks ? kGemmGroup : row_blocks;
+  const uint32_t first = index / (group * column_blocks) * group, within = index % (group * column_blocks);
+  const uint32_t rows = group < row_blocks - first ? group : row_blocks - first;
+  return {static_cast<int32_t>(first + within % rows), static_cast<int32_t>(within / rows)};
 }
 
 }  // namespace peftops::lora
