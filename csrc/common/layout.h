@@ -31,6 +31,7 @@ using TileLayout = decltype(cute::composition(
 // The same for tiles of 16-bit elements with 32 a row: two rows share the 32 banks.
 constexpr int kNarrowTileColumns = 32;
 using NarrowTileLayout = decltype(cute::composition(
-    cute::Swizzle<2, 3, 3>{}, cute::Layout<cute::Shape<cute::_8, cute::Int<kNarrowTileColumns>>, cute::Stride<cute::Int<kNarrowTileColumns>, cute::_1>>{}));
+    cute::Swizzle<2, 3, 3>{},
+    cute::Layout<cute::Shape<cute::_8, cute::Int<kNarrowTileColumns>>, cute::Stride<cute::Int<kNarrowTileColumns>, cute::_1>>{}));
 
 }  // namespace peftops

@@ -1,8 +1,10 @@
 // What the CUDA operators of this room share: matrices as the kernels take them, and one call's buffers, plans and launches.
 #pragma once
 
+#include <cstdlib>
+
 #include "../common/launch.h"
-#include "cuda_kernels.h"
+#include "gemm.h"
 #include "lora.h"
 
 namespace peftops::lora {
@@ -20,12 +22,25 @@ inline const Kernels& kernels_for(const Tensor& x, const Tensor& lora_a) {
   }
 }
 
+inline std::string linear_names() {
+  std::string names;
+  for (const char* name : kLinearNames) names += (names.empty() ? "" : ", ") + std::string(name);
+  return names;
+}
+
+inline const GemmKernels& gemm_sm80_for(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 ? gemm_sm80_bfloat16() : gemm_sm80_float16();
+}
+
 inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+inline bool in_whole_chunks(const Rows& t) {
+  return t.columns % 8 == 0 && t.stride * static_cast<int64_t>(t.owner.element_size()) % 16 == 0 && on_16_bytes(t.data());
+}
 
 // The same matrix in whole chunks, as the kernels read it: a copy where it is not.
 inline Rows padded(const Rows& t) {
-  const int64_t size = static_cast<int64_t>(t.owner.element_size());
-  if (t.columns % 8 == 0 && t.stride * size % 16 == 0 && on_16_bytes(t.data())) return t;
+  if (in_whole_chunks(t)) return t;
   const Tensor matrix = t.matrix();
   const int64_t columns = round_up(t.columns, 8);
   Tensor whole = empty_on(matrix, matrix.scalar_type(), t.rows, columns);
@@ -33,6 +48,10 @@ inline Rows padded(const Rows& t) {
   torch::stable::copy_(filled, matrix);
   torch::stable::zero_(rest);
   return {whole, columns};
+}
+
+inline bool in_whole_chunks(const Tensor& matrix) {
+  return (matrix.size(1) <= 1 || matrix.stride(1) == 1) && in_whole_chunks(Rows(matrix, matrix.size(1)));
 }
 
 inline Rows padded_factor(const Tensor& factor) { return padded(Rows(factor, factor.size(1))); }
@@ -98,6 +117,45 @@ class Call {
             : mask.data ? kernels_.expand_down_masked
                         : kernels_.expand_down,
             {plan.row_blocks, plan.column_blocks}, kThreads, plan.shared_memory, task);
+  }
+
+  // How to make a D [rows, columns]. `whole`: all operands are in whole chunks, so that nothing must be copied. The environment variable
+  // PEFTOPS_FORCE_PLAN names the plan that is taken where it can be run.
+  Linear choose(int64_t rows, int64_t columns, bool whole) const {
+    const LinearRefusals refused = {
+        {nullptr, kernels_.operand ? refuse_gemm_sm80(rows, columns, launch_.device()) : "tensor cores do not multiply these types"}};
+    if (const char* name = std::getenv("PEFTOPS_FORCE_PLAN")) {
+      const int forced = linear_named(name);
+      PEFTOPS_CHECK(forced >= 0, launch_.op(), ": PEFTOPS_FORCE_PLAN is '", name, "', but must be one of ", linear_names());
+      if (!refused.of[forced]) return static_cast<Linear>(forced);
+    }
+    return plan_linear(refused, whole);
+  }
+
+  // D = X W^T + keep(S F^T) + bias by one GEMM, W and F both as [columns, depth] or both `down`; D is contiguous. S is the sum of its
+  // splits and goes to `sum` where it is given.
+  void gemm(const Tensor& d, int64_t columns, const Rows& x, const Tensor& weight, const std::optional<Tensor>& bias, const Sums& sums,
+            const Tensor& factor, int64_t rank, bool down, Scale scale, MaskBits mask, float* sum, int64_t sum_stride) const {
+    const Tensor s = empty_on(like_, like_.scalar_type(), sums.rows, sums.stride);
+    OperandTask prepare{};
+    prepare.sums = sums.data(), prepare.splits = sums.splits, prepare.rows = sums.rows, prepare.sums_stride = sums.stride;
+    prepare.sum = sum, prepare.sum_stride = sum_stride;
+    prepare.operand = s.mutable_data_ptr();
+    launch_(kernels_.operand, {ceil_div(sums.rows, kGpuTile)}, kThreads, 0, prepare);
+
+    const Rows tokens = padded(x), w = padded_factor(weight), f = padded_factor(factor);
+    const std::optional<Tensor> added = bias ? std::optional<Tensor>(as_contiguous(*bias)) : std::nullopt;
+    GemmTask task{};
+    // The mask is of segment 0.
+    task.segments[mask.data ? 1 : 0] = {tokens.data(), tokens.stride, w.data(), w.stride, down, x.columns, false};
+    task.segments[mask.data ? 0 : 1] = {prepare.operand, sums.stride, f.data(), f.stride, down, rank, true};
+    task.count = 2;
+    task.d = d.mutable_data_ptr(), task.rows = x.rows, task.columns = columns, task.d_stride = columns;
+    task.bias = added ? added->const_data_ptr() : nullptr;
+    task.scale = scale, task.mask = mask;
+    const GemmPlan plan = plan_gemm_sm80(task.rows, task.columns);
+    const GemmKernels& kernels = gemm_sm80_for(like_);
+    launch_(down ? kernels.down : kernels.rows, {plan.row_blocks * plan.column_blocks}, kThreads, kGemmMemory, task);
   }
 
   // gradient = keep(G)^T S; `gradient` lies with the features or the ranks fastest. Complete after finish().

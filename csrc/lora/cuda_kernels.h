@@ -80,6 +80,15 @@ struct FinishTask {
   } results[2];
 };
 
+// S as the sum of its splits in order: as it is, and as a GEMM's operand of a 16-bit type. Grid: row blocks.
+struct OperandTask {
+  const float* sums;  // [splits][rows][sums_stride]
+  int64_t splits, rows, sums_stride;
+  float* sum;  // [rows][sum_stride], written where it is not null
+  int64_t sum_stride;
+  void* operand;  // [rows][sums_stride]
+};
+
 // keep[row, column] for `lora_dropout_mask`, a thread for each eight columns. Grid: as many blocks as there are, one after another where
 // CUDA launches no more.
 struct DropoutMaskTask {
@@ -100,7 +109,8 @@ struct Kernels {
   Kernel<ShrinkTask> shrink_down[3];
   Kernel<ExpandTask> expand, expand_down, expand_down_masked;
   Kernel<GradientTask> gradient[2], gradient_masked[2];
-  Kernel<FinishTask> finish;  // into the second type
+  Kernel<FinishTask> finish;    // into the second type
+  Kernel<OperandTask> operand;  // null where there is no GEMM of this room for the types
 };
 
 Kernel<DropoutMaskTask> dropout_mask_kernel();

@@ -26,10 +26,10 @@ struct GemmTask {
   int count;
   void* d;  // the segments' type
   int64_t rows, columns, d_stride;
-  const void* bias;           // [columns], the segments' type; may be null
+  const void* bias;  // [columns], the segments' type; may be null
   const float* column_scale;  // [columns]; null: 1
-  Scale scale;                // 0: the adapter's segments add nothing
-  MaskBits mask;              // of the sum of segment 0; data null: everything is kept
+  Scale scale;  // 0: the adapter's segments add nothing
+  MaskBits mask;  // of the sum of segment 0; data null: everything is kept
 };
 
 // Where a tile of the contraction begins. All segments' tiles are one sequence; a segment without depth, or of an adapter that is `off`,

@@ -87,7 +87,7 @@ PEFTOPS_DEVICE void drop(GemmSums& sums, const MaskBits& mask, int64_t first_row
 #pragma unroll
       for (int j = 0; j < kGemmWarpTile / 8; ++j) {
         const uint32_t kept = uint32_t{line[j < last ? j : last]} >> (2 * (lane() % 4));
-        float(&pair)[4] = sums[i].value[j];
+        float (&pair)[4] = sums[i].value[j];
         pair[2 * half] = kept & 1 ? pair[2 * half] : 0.0f;
         pair[2 * half + 1] = kept & 2 ? pair[2 * half + 1] : 0.0f;
       }

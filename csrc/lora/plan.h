@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "../common/device.h"
@@ -167,6 +168,26 @@ PEFTOPS_HOST_DEVICE GemmBlock gemm_block(uint32_t index, uint32_t row_blocks, ui
   const uint32_t first = index / (group * column_blocks) * group, within = index % (group * column_blocks);
   const uint32_t rows = group < row_blocks - first ? group : row_blocks - first;
   return {static_cast<int32_t>(first + within % rows), static_cast<int32_t>(within / rows)};
+}
+
+// How X W^T + S F^T is made: by the vendor's GEMM and the up-projection after it, or by one GEMM of both.
+enum class Linear { vendor, gemm_sm80 };
+constexpr const char* kLinearNames[] = {"vendor", "gemm_sm80"};
+constexpr int kLinears = 2;
+
+// Why each cannot be run; null where it can.
+struct LinearRefusals {
+  const char* of[kLinears];
+};
+
+// The best of those that can be run. The GEMM for 8.0 was measured nowhere, so the vendor's stays.
+inline Linear plan_linear(const LinearRefusals&, bool /*whole*/) { return Linear::vendor; }
+
+// The one of that name, or -1.
+inline int linear_named(const char* name) {
+  for (int i = 0; i < kLinears; ++i)
+    if (std::strcmp(name, kLinearNames[i]) == 0) return i;
+  return -1;
 }
 
 }  // namespace peftops::lora

@@ -84,6 +84,19 @@ __global__ void __launch_bounds__(kThreads, blocks_of<typename ElementOf<X, F>::
   });
 }
 
+// A chunk of the sum over splits that lie `stride` apart, in order.
+PEFTOPS_DEVICE Chunk<float> load_sum(const float* from, int64_t splits, int64_t stride) {
+  Chunk<float> sum = load_chunk(from);
+#pragma unroll 4  // loads that do not wait for each other
+  for (int64_t split = 1; split < splits; ++split) {
+    from += stride;
+    const Chunk<float> next = load_chunk(from);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum.value[j] += next.value[j];
+  }
+  return sum;
+}
+
 // ---- expand ----------------------------------------------------------------------------------------------------------
 
 template <class Y, class F, bool kDown, bool kMasked>
@@ -108,15 +121,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::typ
       const int64_t row = first_row + line, rank = first_rank + column;
       Chunk<float> sum{};
       if (row < task.rows && rank < task.rank) {
-        const float* from = task.sums + offset_of(row, task.sums_stride, rank);
-        sum = load_chunk(from);
-#pragma unroll 4  // loads that do not wait for each other
-        for (int64_t split = 1; split < task.splits; ++split) {
-          from += task.rows * task.sums_stride;
-          const Chunk<float> next = load_chunk(from);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) sum.value[j] += next.value[j];
-        }
+        sum = load_sum(task.sums + offset_of(row, task.sums_stride, rank), task.splits, task.rows * task.sums_stride);
         if (write) store_chunk(task.sum + offset_of(row, task.sum_stride, rank), sum, task.sum_stride - rank);
       }
       put(s_tile, line / 8, line % 8, column, chunk_of<E>(sum.value));
@@ -252,6 +257,19 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__
     static_cast<T*>(result.out)[i].bits = static_cast<uint16_t>(pack(T{}, sum, 0.0f));
 }
 
+template <class E>
+__global__ void __launch_bounds__(kThreads) operand(const __grid_constant__ OperandTask task) {
+  const int64_t first_row = int64_t{blockIdx.x} * kTile;
+  const int chunks = static_cast<int>(task.sums_stride / 8), count = static_cast<int>(min_of(task.rows - first_row, kTile)) * chunks;
+#pragma unroll 1
+  for (int index = thread(); index < count; index += kThreads) {
+    const int64_t row = first_row + index / chunks, rank = index % chunks * 8, at = offset_of(row, task.sums_stride, rank);
+    const Chunk<float> sum = load_sum(task.sums + at, task.splits, task.rows * task.sums_stride);
+    if (task.sum) store_chunk(task.sum + offset_of(row, task.sum_stride, rank), sum, task.sum_stride - rank);
+    store_chunk(static_cast<E*>(task.operand) + at, chunk_of<E>(sum.value));
+  }
+}
+
 // A template, so that the one file that names it has it.
 template <class Keep>
 __global__ void __launch_bounds__(kThreads) dropout_mask(const __grid_constant__ DropoutMaskTask task) {
@@ -276,6 +294,14 @@ constexpr Kernel<ShrinkTask> widest_shrink() {
 }
 
 template <class X, class F>
+constexpr Kernel<OperandTask> operand_of() {
+  if constexpr (sizeof(typename ElementOf<X, F>::type) == 2)
+    return operand<X>;
+  else
+    return nullptr;
+}
+
+template <class X, class F>
 const Kernels& kernels() {
   static constexpr Kernels table{
       sizeof(typename ElementOf<X, F>::type),
@@ -288,6 +314,7 @@ const Kernels& kernels() {
       {gradient<X, F, false, 16>, gradient<X, F, false, 64>},
       {gradient<X, F, true, 16>, gradient<X, F, true, 64>},
       finish<F>,
+      operand_of<X, F>(),
   };
   return table;
 }
