@@ -81,7 +81,7 @@ class Call {
   // scale * keep(X) F^T, F as [rank, depth] or `down` as [depth, rank], drawing the mask where `draw` is given.
   Sums project(const Rows& x, const Tensor& factor, int64_t rank, bool down, Scale scale, const Draw* draw, MaskBits mask) {
     const Rows tokens = padded(x), f = padded_factor(factor);
-    const ShrinkPlan plan = plan_shrink(x.rows, x.columns, rank, down, kernels_.element_bytes, launch_.device());
+    const ShrinkPlan plan = plan_shrink(x.rows, x.columns, rank, down, kernels_.element_bytes, launch_.device(), kernels_.terms);
     const int64_t stride = round_up(rank, 8);
     Sums sums{empty_on(like_, ScalarType::Float, checked_product(plan.split.count, x.rows, "the sums"), stride), plan.split.count, x.rows,
               stride};
@@ -103,7 +103,7 @@ class Call {
               float* sum, int64_t sum_stride) {
     if (columns == 0) return;
     const Rows f = padded_factor(factor);
-    const ExpandPlan plan = plan_expand(sums.rows, columns, kernels_.element_bytes, launch_.device());
+    const ExpandPlan plan = plan_expand(sums.rows, columns, kernels_.element_bytes, launch_.device(), kernels_.terms);
     ExpandTask task{};
     task.y = y.mutable_data_ptr(), task.rows = sums.rows, task.columns = columns;
     task.sums = sums.data(), task.splits = sums.splits, task.rank = rank, task.sums_stride = sums.stride;
@@ -136,19 +136,20 @@ class Call {
   // splits and goes to `sum` where it is given.
   void gemm(const Tensor& d, int64_t columns, const Rows& x, const Tensor& weight, const std::optional<Tensor>& bias, const Sums& sums,
             const Tensor& factor, int64_t rank, bool down, Scale scale, MaskBits mask, float* sum, int64_t sum_stride) const {
-    const Tensor s = empty_on(like_, like_.scalar_type(), sums.rows, sums.stride);
+    const int64_t depth = kernels_.terms * sums.stride;
+    const Tensor s = empty_on(like_, like_.scalar_type(), sums.rows, depth);
     OperandTask prepare{};
     prepare.sums = sums.data(), prepare.splits = sums.splits, prepare.rows = sums.rows, prepare.sums_stride = sums.stride;
     prepare.sum = sum, prepare.sum_stride = sum_stride;
     prepare.operand = s.mutable_data_ptr();
     launch_(kernels_.operand, {ceil_div(sums.rows, kGpuTile)}, kThreads, 0, prepare);
 
-    const Rows tokens = padded(x), w = padded_factor(weight), f = padded_factor(factor);
+    const Rows tokens = padded(x), w = padded_factor(weight), f = kernels_.terms > 1 ? terms_of(factor, down) : padded_factor(factor);
     const std::optional<Tensor> added = bias ? std::optional<Tensor>(as_contiguous(*bias)) : std::nullopt;
     GemmTask task{};
     // The mask is of segment 0.
     task.segments[mask.data ? 1 : 0] = {tokens.data(), tokens.stride, w.data(), w.stride, down, x.columns, false};
-    task.segments[mask.data ? 0 : 1] = {prepare.operand, sums.stride, f.data(), f.stride, down, rank, true};
+    task.segments[mask.data ? 0 : 1] = {prepare.operand, depth, f.data(), f.stride, down, kernels_.terms > 1 ? depth : rank, true};
     task.count = 2;
     task.d = d.mutable_data_ptr(), task.rows = x.rows, task.columns = columns, task.d_stride = columns;
     task.bias = added ? added->const_data_ptr() : nullptr;
@@ -163,7 +164,7 @@ class Call {
                 MaskBits mask) {
     if (g.columns == 0) return;
     const Rows lines = padded(g);
-    const GradientPlan plan = plan_gradient(g.rows, g.columns, rank, kernels_.element_bytes, launch_.device());
+    const GradientPlan plan = plan_gradient(g.rows, g.columns, rank, kernels_.element_bytes, launch_.device(), kernels_.terms);
     GradientTask task{};
     task.g = lines.data(), task.rows = g.rows, task.features = g.columns, task.g_stride = lines.stride;
     task.s = s, task.rank = rank, task.s_stride = s_stride;
@@ -203,6 +204,23 @@ class Call {
   }
 
  private:
+  // A float32 factor [columns, rank], or `down` [rank, columns], as a GEMM's operand: along the ranks its terms F1, F2, F1.
+  Rows terms_of(const Tensor& given, bool down) const {
+    const Tensor factor = with_unit_stride(given);
+    FactorTask task{};
+    task.factor = factor.const_data_ptr<float>(), task.stride = factor.stride(0);
+    task.lines = factor.size(0), task.columns = factor.size(1);
+    task.whole_lines = down ? round_up(task.lines, 8) : task.lines, task.whole_columns = round_up(task.columns, 8);
+    const int64_t lines = down ? 3 * task.whole_lines : task.whole_lines;
+    task.operand_stride = down ? task.whole_columns : 3 * task.whole_columns;
+    task.apart = down ? task.whole_lines * task.whole_columns : task.whole_columns;
+    const Tensor operand = empty_on(like_, like_.scalar_type(), lines, task.operand_stride);
+    task.operand = operand.mutable_data_ptr();
+    launch_(factor_operand_kernel(), {ceil_div(task.whole_columns, kGpuTile), min_of(ceil_div(task.whole_lines, kFactorLines), kMaxGridY)},
+            kThreads, 0, task);
+    return {operand, task.operand_stride};
+  }
+
   const Kernels& kernels_;
   const Launcher launch_;
   const Tensor like_;
