@@ -124,7 +124,7 @@ class Call {
   Linear choose(int64_t rows, int64_t columns, bool whole) const {
     const LinearRefusals refused = {
         {nullptr, kernels_.operand ? refuse_gemm_sm80(rows, columns, launch_.device()) : "tensor cores do not multiply these types"}};
-    if (const char* name = std::getenv("PEFTOPS_FORCE_PLAN")) {
+    if (const char* name = std::getenv("PEFTOPS_FORCE_PLAN"); name && *name) {
       const int forced = linear_named(name);
       PEFTOPS_CHECK(forced >= 0, launch_.op(), ": PEFTOPS_FORCE_PLAN is '", name, "', but must be one of ", linear_names());
       if (!refused.of[forced]) return static_cast<Linear>(forced);
