@@ -70,9 +70,9 @@ RULES = (
     Rule(r"lora::sm80::(shrink|expand|gradient)<bfloat16,float,.*>", tensor_cores=True, wide=True),
     Rule(r"lora::sm80::(shrink|expand|gradient)<(float16|float),float,.*>", tensor_cores=False, wide=True),
     Rule(r"lora::sm80::gemm<\w+,(true|false)>", tensor_cores=True, wide=True),
-    Rule(r"lora::sm80::(operand<\w+,\w+>|factor_operand<float>)", tensor_cores=False, wide=True),
-    # One number or eight flags a thread: a small part of the traffic.
-    Rule(r"lora::sm80::(finish<\w+>|dropout_mask<bool>)", tensor_cores=False, wide=False),
+    Rule(r"lora::sm80::operand<\w+,\w+>", tensor_cores=False, wide=True),
+    # One number or eight flags a thread, or a factor at any address: a small part of the traffic.
+    Rule(r"lora::sm80::(finish<\w+>|dropout_mask<bool>|factor_operand<float>)", tensor_cores=False, wide=False),
 )
 
 
