@@ -136,6 +136,9 @@ class Call {
   // splits and goes to `sum` where it is given.
   void gemm(const Tensor& d, int64_t columns, const Rows& x, const Tensor& weight, const std::optional<Tensor>& bias, const Sums& sums,
             const Tensor& factor, int64_t rank, bool down, Scale scale, MaskBits mask, float* sum, int64_t sum_stride) const {
+    const Rows tokens = padded(x), w = padded_factor(weight), f = kernels_.terms > 1 ? terms_of(factor, down) : padded_factor(factor);
+    const Tensor added = bias ? as_contiguous(*bias) : Tensor();
+    // Right before the GEMM: one that starts early has to wait for this operand alone.
     const int64_t depth = kernels_.terms * sums.stride;
     const Tensor s = empty_on(like_, like_.scalar_type(), sums.rows, depth);
     OperandTask prepare{};
@@ -144,8 +147,6 @@ class Call {
     prepare.operand = s.mutable_data_ptr();
     launch_(kernels_.operand, {ceil_div(sums.rows, kGpuTile)}, kThreads, 0, prepare);
 
-    const Rows tokens = padded(x), w = padded_factor(weight), f = kernels_.terms > 1 ? terms_of(factor, down) : padded_factor(factor);
-    const Tensor added = bias ? as_contiguous(*bias) : Tensor();
     GemmTask task{};
     // The mask is of segment 0.
     task.segments[mask.data ? 1 : 0] = {tokens.data(), tokens.stride, w.data(), w.stride, down, x.columns, false};
