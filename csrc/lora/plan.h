@@ -18,6 +18,14 @@ constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own ker
 constexpr int64_t kSmallBlock = 8;      // weight rows per step of that kernel
 constexpr int64_t kSmallPiece = 1024;    // features per step of that kernel, for more than four rows
 
+// A packed weight (packed_kernels.h).
+constexpr int64_t kPackedLanes = 16;                // weight rows side by side: a block
+constexpr int64_t kPackedStep = 2 * kPackedLanes;   // numbers of a block that lie together
+constexpr int64_t kPackedRows = 64;                 // rows that share a piece of the weight while it is in the first cache
+constexpr int64_t kPackedPiece = 8192;              // bytes of such a piece of a block
+constexpr int64_t kPackedAhead = 2048;              // bytes: how far ahead of its use the weight is asked for
+constexpr int64_t kPackedChunk = 256;               // steps of x that a task lays out in strips
+
 // Features per step of the few-row kernel. More than four tokens go over a weight row several times, so they go piece by piece: eight
 // weight rows of a piece fit the first cache. Four or fewer go over it once.
 inline int64_t small_piece(int64_t rows, int64_t features) { return rows <= 4 ? features : kSmallPiece; }
