@@ -23,6 +23,7 @@ SCALE = ALPHA / RANK  # for every rank
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 OURS, PEFT, COMPILED = "peftops", "PEFT", "PEFT compiled"
 OURS_FP32, PEFT_FP32 = f"{OURS}, fp32 factors", f"{PEFT}, fp32 factors"
+PACKED, PACKED_BASE = f"{OURS}, packed", f"{OURS}, packed, without LoRA"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,33 @@ def peft_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | No
     for factor in factors(layer):
         factor.data = factor.data.to(factor_dtype or linear.weight.dtype)
     return layer
+
+
+class PackedLayer(nn.Module):
+    """LoRA of some rank, 0 too, on a packed weight."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.out_features, dtype = linear.out_features, linear.weight.dtype
+        self.register_buffer("packed", torch.ops.peftops.pack_weight(linear.weight.detach()))
+        self.register_buffer("scale", torch.tensor(SCALE))
+        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype))
+        self.lora_b = nn.Parameter(torch.empty(linear.out_features, rank, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.peftops.lora_linear_packed(
+            x, self.packed, None, self.lora_a, self.lora_b, self.scale, self.out_features
+        )
+
+
+def packed_kinds() -> list[Kind]:
+    def builder(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None, rank: int = RANK) -> nn.Module:
+        return PackedLayer(linear, rank)
+
+    def without(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None, rank: int = RANK) -> nn.Module:
+        return PackedLayer(linear, 0)
+
+    return [Kind(PACKED, builder), Kind(PACKED_BASE, without)]
 
 
 @dataclass(frozen=True)
@@ -289,7 +317,7 @@ def forward_contenders(problem: Problem, cached: bool, compiled: bool, last_cach
         return Contender(name, step, check)
 
     result = [contender(BASE, [shell(w).eval() for w in weights], _call)]
-    for kind in kinds(problem.dtype, compiled):
+    for kind in kinds(problem.dtype, compiled) + (packed_kinds() if problem.device == "cpu" else []):
         layers = adapted(problem, kind, weights, training=False)
         c = contender(kind.name, layers, _compiled(_call) if kind.compiled else _call)
         result.append(Contender(c.name, c.step, _or_unavailable(c.check, kind)))
