@@ -155,16 +155,71 @@ void add_segment(const Segment& segment, const void* weight, int64_t row, int64_
   }
 }
 
+#ifdef __AVX512F__
+// Where the numbers of two registers, one after the other, come from when a bit of the register's place changes places with a bit of the
+// lane: `low` for the register whose bit is clear.
+template <class Number>
+struct Swap {
+  alignas(64) Number low[64 / sizeof(Number)], high[64 / sizeof(Number)];
+
+  constexpr explicit Swap(Number bit) : low(), high() {
+    constexpr Number lanes = 64 / sizeof(Number);
+    for (Number lane = 0; lane < lanes; ++lane) {
+      low[lane] = lane & bit ? lanes + (lane ^ bit) : lane;
+      high[lane] = lane & bit ? lanes + lane : lane ^ bit;
+    }
+  }
+};
+
+// Eight registers and the last three bits of the lane change places.
+template <class Number>
+inline void transpose(__m512i (&v)[8]) {
+  static constexpr Swap<Number> swaps[3] = {Swap<Number>(1), Swap<Number>(2), Swap<Number>(4)};
+  for (int b = 0; b < 3; ++b) {
+    const __m512i low = _mm512_load_si512(swaps[b].low), high = _mm512_load_si512(swaps[b].high);
+    for (int i = 0; i < 8; ++i) {
+      if (i >> b & 1) continue;
+      const __m512i first = v[i], second = v[i | 1 << b];
+      v[i] = sizeof(Number) == 4 ? _mm512_permutex2var_epi32(first, low, second) : _mm512_permutex2var_epi64(first, low, second);
+      v[i | 1 << b] = sizeof(Number) == 4 ? _mm512_permutex2var_epi32(first, high, second) : _mm512_permutex2var_epi64(first, high, second);
+    }
+  }
+}
+
+// Eight pairs of sixteen rows.
+template <class T>
+inline void pack_eight_pairs(const T* from, int64_t row_stride, T* to) {
+  __m512i v[8];
+  if constexpr (sizeof(T) == 2) {
+    for (int i = 0; i < 8; ++i)
+      v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load_raw<__m256i>(from + i * row_stride)),
+                                load_raw<__m256i>(from + (i + 8) * row_stride), 1);
+    transpose<uint32_t>(v);
+    for (int k = 0; k < 8; ++k) _mm512_storeu_si512(to + k * kPackedStep, v[k]);
+  } else {
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 8; ++i) v[i] = _mm512_loadu_si512(from + (i + 8 * half) * row_stride);
+      transpose<uint64_t>(v);
+      for (int k = 0; k < 8; ++k) _mm512_storeu_si512(to + k * kPackedStep + 16 * half, v[k]);
+    }
+  }
+}
+#endif
+
 // Sixteen rows of pairs that lie together: a pair moves as one number.
 template <class T>
 void pack_pairs(const T* from, int64_t row_stride, int64_t pairs, T* to) {
   using Two = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
-  constexpr size_t kTwo = 2 * sizeof(T);
+  int64_t begin = 0;
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) <= 4)
+    for (; begin + 8 <= pairs; begin += 8) pack_eight_pairs(from + 2 * begin, row_stride, to + begin * kPackedStep);
+#endif
   for (int64_t j = 0; j < kPackedLanes; ++j)
-    for (int64_t k = 0; k < pairs; ++k)
-      for (size_t byte = 0; byte < kTwo; byte += sizeof(Two))
-        store_raw(reinterpret_cast<char*>(to + k * kPackedStep + 2 * j) + byte,
-                  load_raw<Two>(reinterpret_cast<const char*>(from + j * row_stride + 2 * k) + byte));
+    for (int64_t k = begin; k < pairs; ++k)
+      for (size_t part = 0; part < 2 * sizeof(T); part += sizeof(Two))
+        store_raw(reinterpret_cast<char*>(to + k * kPackedStep + 2 * j) + part,
+                  load_raw<Two>(reinterpret_cast<const char*>(from + j * row_stride + 2 * k) + part));
 }
 
 // A block of the packed form: numbers are moved and not looked at.
