@@ -1,8 +1,6 @@
 // LoRA on the CPU: checks, plan and registration. cpu_call.h has the passes, cpu_kernels.cpp the arithmetic.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-
 #include "../common/philox.h"
 #include "cpu_call.h"
 
@@ -43,10 +41,11 @@ Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optiona
   const auto& [features, out_features, rank] = problem;
   const double factor = value_of(scale, tensor_scale);
   const int64_t rows = rows_of(x);
-  const bool small = rows <= kSmallRows && dropout_p == 0.0 && factor != 0.0 && (features <= 1 || weight.stride(1) == 1);
-  if (!small) return std::get<0>(forward(problem, x, weight, bias, lora_a, lora_b, factor, dropout_p, seed));
-
   const Kernels& kernels = level_kernels().find(storage_of(x), storage_of(lora_a));
+  const bool few = rows <= few_rows(kernels.arithmetic == Arithmetic::dot) && dropout_p == 0.0 && factor != 0.0;
+  if (!few || (features > 1 && weight.stride(1) != 1))
+    return std::get<0>(forward(problem, x, weight, bias, lora_a, lora_b, factor, dropout_p, seed));
+
   const Tensor pieces = by_piece(as_contiguous(x), rows, features), b = with_unit_stride(lora_b);
   const Tensor s = few_row_sums(pieces, rows, lora_a, factor);
   Tensor y = empty_on(x, x.scalar_type(), rows, out_features);
@@ -123,6 +122,11 @@ Tensor lora_dropout_mask(Tensor seed, int64_t rows, int64_t cols, double p) {
 }
 
 }  // namespace
+
+Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
+                     double scale) {
+  return lora_linear_any(x, weight, bias, lora_a, lora_b, scale, std::nullopt, 0.0, std::nullopt);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_linear));
