@@ -5,9 +5,9 @@ on every machine:
 
     packed [ceil(N / 16), ceil(K / 2), 16, 2]     packed[i, k, j, l] = W[16 i + j, 2 k + l], zero beyond W
 
-:func:`lora_linear_packed` takes it in the place of W: x [..., K], bias [N] or None, lora_a A [r, K], lora_b B [N, r] ->
-y [..., N], dtypes as for `lora_linear`. x W^T and S B^T, S = scale * x A^T, are one sum with one rounding. Any number of
-rows; a row's result does not depend on the rows beside it. A scale of 0 means no adapter.
+:func:`lora_linear_packed` takes it in the place of W: x [..., K], bias [N] or None, lora_a A [r, K], lora_b B [N, r]
+-> y [..., N], dtypes as for `lora_linear`. x W^T and S B^T, S = scale * x A^T, are one sum with one rounding. Any
+number of rows; a row's result does not depend on the rows beside it. A scale of 0 means no adapter.
 """
 
 from __future__ import annotations
