@@ -177,7 +177,7 @@ class GroupedCall {
       const std::vector<Packed> packed = pack_sums(*s);
       for (size_t part = 0; part < tasks.size(); ++part) tasks[part].s = packed[part];
     }
-    Tensor partials, found;
+    Tensor partials;
     if (factor) {
       const std::vector<Packed> packed = pack(*factor);
       partials = partials_of(panels);
