@@ -234,8 +234,8 @@ inline Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
   return pieces;
 }
 
-// Tasks of the few-row kernel that are worth a thread: about 2^15 products.
-inline int64_t small_grain(int64_t rows, int64_t products) { return ceil_div(1 << 15, kSmallBlock * (rows * products + 1)); }
+// Tasks of the few-row kernel that are worth a thread: about 2^17 products.
+inline int64_t small_grain(int64_t rows, int64_t products) { return ceil_div(1 << 17, kSmallBlock * (rows * products + 1)); }
 
 // S = factor * x A^T by the few-row kernel; x from by_piece.
 inline Tensor few_row_sums(const Tensor& pieces, int64_t rows, const Tensor& lora_a, double factor) {
