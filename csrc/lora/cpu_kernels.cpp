@@ -525,7 +525,7 @@ inline void block_products(const W* weight, int64_t weight_stride, int64_t weigh
 template <class T, class W, class F, class Y>
 void small(const SmallTask& t, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  const int64_t piece = small_piece(t.rows, t.features);
+  const int64_t piece = small_piece(t.rows, t.features, sizeof(T));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task * kSmallBlock, weight_rows = min_of(kSmallBlock, t.out_features - n);
     const W* weight = static_cast<const W*>(t.weight) + n * t.weight_stride;
@@ -545,12 +545,18 @@ void small(const SmallTask& t, int64_t begin, int64_t end) {
       block_products<A, F>(static_cast<const F*>(run.b) + n * t.b_stride, t.b_stride, weight_rows, static_cast<const A*>(run.s), run.rank,
                            run.rows, run.rank, sums + run.first);
     }
-    for (int64_t i = 0; i < weight_rows; ++i)
+    for (int64_t i = 0; i < weight_rows; ++i) {
+      A totals[kSmallRows];
+      if (t.rows > 1)
+        sum_each<A>(sums + i * kSmallRows, t.rows, totals);
+      else
+        totals[0] = sum_lanes(sums[i * kSmallRows]);
       for (int64_t j = 0; j < t.rows; ++j) {
-        A value = static_cast<A>(t.factor) * sum_lanes(sums[i * kSmallRows + j]);
+        A value = static_cast<A>(t.factor) * totals[j];
         if (t.bias) value += one(static_cast<const T*>(t.bias) + n + i);
         put(static_cast<Y*>(t.y) + j * t.out_features + n + i, value);
       }
+    }
   }
 }
 

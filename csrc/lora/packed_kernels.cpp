@@ -62,11 +62,7 @@ struct Dot {
   static constexpr int64_t lanes = 16;
 
   static Operand operand(const bfloat16* from) { return _mm512_loadu_si512(from); }
-  static Operand broadcast(Element x) {
-    Operand pair = _mm512_set1_epi32(static_cast<int>(x));
-    asm("" : "+v"(pair));  // taken from memory inside the product it is slower
-    return pair;
-  }
+  static Operand broadcast(Element x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static Vector<float> add_product(Vector<float> sum, Operand w, Operand x) {
     return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
   }

@@ -16,9 +16,9 @@ constexpr int64_t kRowBlock = 64;       // tokens per task, and per pass of a co
 constexpr int64_t kColumnChunk = 256;   // features unpacked at a time: 64 KiB of float32 beside 64 rows
 constexpr int64_t kRankBlock = 64;      // ranks summed at a time
 constexpr int64_t kExpandColumns = 1024;  // features per up-projection task
-constexpr int64_t kSmallRows = 16;      // tokens that the few-row kernel takes at a time
+constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own kernel makes the base product as well
 constexpr int64_t kSmallBlock = 8;      // weight rows per step of that kernel
-constexpr int64_t kSmallPiece = 1024;    // features per step of that kernel, for more than four rows
+constexpr int64_t kSmallPiece = 1536;    // bytes of a row per step of that kernel, for more than four rows
 
 // A packed weight (packed_kernels.h).
 constexpr int64_t kPackedLanes = 16;                // weight rows side by side: a block
@@ -28,13 +28,11 @@ constexpr int64_t kPackedPiece = 8192;              // bytes of such a piece of 
 constexpr int64_t kPackedAhead = 2048;              // bytes: how far ahead of its use the weight is asked for
 constexpr int64_t kPackedChunk = 256;               // steps of x that a task lays out in strips
 
-// Rows up to which, without grad, our own kernel makes the base product as well. Where bfloat16 is multiplied in pairs, the vendor's GEMM
-// overtakes it beyond four rows.
-inline int64_t few_rows(bool pairs) { return pairs ? 4 : kSmallRows; }
-
-// Features per step of the few-row kernel. More than four tokens go over a weight row several times, so they go piece by piece: eight
-// weight rows of a piece fit the first cache. Four or fewer go over it once.
-inline int64_t small_piece(int64_t rows, int64_t features) { return rows <= 4 ? features : kSmallPiece; }
+// Features per step of the few-row kernel. More than four tokens go over a weight row several times, so they go piece by piece: a piece
+// of eight weight rows and sixteen tokens fits the first cache. Four or fewer go over it once.
+inline int64_t small_piece(int64_t rows, int64_t features, int64_t element_bytes) {
+  return rows <= 4 ? features : kSmallPiece / element_bytes;
+}
 
 // Width of the column panels of the gradient pass: about 16 panels, so that many threads have work, but no narrower than 128,
 // because each panel writes a partial [rows, rank] sum.
