@@ -145,18 +145,23 @@ class Call {
     launch_(kernels_.operand, {ceil_div(sums.rows, kGpuTile)}, kThreads, 0, prepare);
 
     const Rows tokens = padded(x), w = padded_factor(weight), f = kernels_.terms > 1 ? terms_of(factor, down) : padded_factor(factor);
-    const std::optional<Tensor> added = bias ? std::optional<Tensor>(as_contiguous(*bias)) : std::nullopt;
+    const Tensor added = bias ? as_contiguous(*bias) : Tensor();
     GemmTask task{};
     // The mask is of segment 0.
     task.segments[mask.data ? 1 : 0] = {tokens.data(), tokens.stride, w.data(), w.stride, down, x.columns, false};
     task.segments[mask.data ? 0 : 1] = {prepare.operand, depth, f.data(), f.stride, down, kernels_.terms > 1 ? depth : rank, true};
     task.count = 2;
     task.d = d.mutable_data_ptr(), task.rows = x.rows, task.columns = columns, task.d_stride = columns;
-    task.bias = added ? added->const_data_ptr() : nullptr;
+    task.bias = bias ? added.const_data_ptr() : nullptr;
     task.scale = scale, task.mask = mask;
+    gemm_sm80(task);
+  }
+
+  // Any task that is not refused, of the type of this call's x.
+  void gemm_sm80(const GemmTask& task) const {
     const GemmPlan plan = plan_gemm_sm80(task.rows, task.columns);
     const GemmKernels& kernels = gemm_sm80_for(like_);
-    launch_(down ? kernels.down : kernels.rows, {plan.row_blocks * plan.column_blocks}, kThreads, kGemmMemory, task);
+    launch_(task.segments[0].down ? kernels.down : kernels.rows, {plan.row_blocks * plan.column_blocks}, kThreads, kGemmMemory, task);
   }
 
   // gradient = keep(G)^T S; `gradient` lies with the features or the ranks fastest. Complete after finish().
