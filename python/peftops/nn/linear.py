@@ -11,6 +11,7 @@ from ..ops import lora_linear
 from . import inits
 from .adapter import Adapter, factor_dtype
 from .lora import LoRALayer
+from .sharing import Member, Operands
 
 
 class LinearLike(LoRALayer):
@@ -73,7 +74,7 @@ class LinearLike(LoRALayer):
         return (self._scale(name) * low).to(x.dtype)
 
 
-class LoRALinear(LinearLike, nn.Linear):
+class LoRALinear(Member, LinearLike, nn.Linear):
     """`nn.Linear` with LoRA adapters on the operator :func:`peftops.ops.lora_linear`; made by :meth:`from_linear`.
 
     weight [out_features, in_features] and bias [out_features] are frozen; lora_a [rank, in_features] and lora_b
@@ -109,3 +110,19 @@ class LoRALinear(LinearLike, nn.Linear):
         alpha = rank if alpha is None else alpha
         adapter = Adapter(rank, alpha, dropout, use_rslora, init, adapter_dtype, lora_bias)
         return cls._around(linear, adapter, "from_linear")
+
+    def _adapted(self, x, names):
+        y = self.shared_output(x) if len(names) == 1 else None
+        return super()._adapted(x, names) if y is None else y
+
+    def operands(self, x):
+        names = () if self.merged or self.disabled else tuple(self.active)
+        if len(names) != 1 or self.adapters[names[0]].lora_bias:
+            return None
+        (name,) = names
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None:
+            return None
+        return Operands(
+            weight, bias, self.lora_a[name], self.lora_b[name], self._scale(name), self._dropout(name)
+        )
