@@ -19,6 +19,20 @@ STABLE_TORCH_LIBRARY(peftops, m) {
       "lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, float scale, Tensor? tensor_scale, "
       "float dropout_p, Tensor s, Tensor mask, bool need_x, bool need_weight, bool need_bias, bool need_a, bool need_b) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_a, Tensor grad_b)");
+  // Row by row with the adapter that adapter_ids names, of lora_a [L, r, K], lora_b [L, N, r], scales float32 [L]: y_i = x_i W^T + bias +
+  // scales[l] x_i A_l^T B_l^T, l = adapter_ids[i], int32 or int64 of x.shape[:-1]; -1 means none. Of ranks only the first ranks[l] exist.
+  m.def(
+      "grouped_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scales, Tensor adapter_ids, "
+      "Tensor? ranks=None) -> Tensor");
+  // The same with what backward needs: S = scales[l] x_i A_l^T [M, r], zero where there is no adapter or rank.
+  m.def(
+      "grouped_lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scales, "
+      "Tensor adapter_ids, Tensor? ranks=None) -> (Tensor y, Tensor s)");
+  // Gradients of x, weight, bias, lora_a [L, r, K], lora_b [L, N, r]; [0] for each that is not needed.
+  m.def(
+      "grouped_lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scales, "
+      "Tensor adapter_ids, Tensor? ranks, Tensor s, bool need_x, bool need_weight, bool need_bias, bool need_a, bool need_b) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_a, Tensor grad_b)");
   // True where dropout keeps: Philox4x32-10, key = seed, counter = (column / 8, row low, row high, 0), 16 bits per element.
   m.def("lora_dropout_mask(Tensor seed, int rows, int cols, float p) -> Tensor");
 }

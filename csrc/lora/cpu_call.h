@@ -1,6 +1,8 @@
 // What the CPU operators of this room share: the level's kernels, matrices as the kernels take them, and one call's buffers and passes.
 #pragma once
 
+#include <cstring>
+
 #include "../common/index.h"
 #include "cpu_kernels.h"
 #include "lora.h"
@@ -123,6 +125,27 @@ class Call {
   Tensor like_;
   std::vector<Tensor> buffers_;
 };
+
+// Contiguous rows for the few-row kernel, kSmallRows at a time, each time piece by piece: whole rows are often a power of two apart and
+// would meet in the same lines of the cache.
+inline Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
+  if (small_piece(rows, features) >= features) return x;
+  const int64_t size = static_cast<int64_t>(x.element_size());
+  Tensor pieces = empty_on(x, x.scalar_type(), rows, features);
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(pieces.mutable_data_ptr());
+  for (int64_t row = 0; row < rows; row += kSmallRows) {
+    const int64_t end = min_of(row + kSmallRows, rows), piece = small_piece(end - row, features);
+    for (int64_t k = 0; k < features; k += piece) {
+      const int64_t bytes = min_of(piece, features - k) * size;
+      for (int64_t i = row; i < end; ++i, to += bytes) std::memcpy(to, from + (i * features + k) * size, static_cast<size_t>(bytes));
+    }
+  }
+  return pieces;
+}
+
+// Tasks of the few-row kernel that are worth a thread: about 2^15 products.
+inline int64_t small_grain(int64_t rows, int64_t products) { return ceil_div(1 << 15, kSmallBlock * (rows * products + 1)); }
 
 inline Mask mask_of(const Tensor& mask) {
   return mask.dim() == 2 ? Mask{static_cast<uint8_t*>(mask.data_ptr()), mask.size(1)} : Mask{nullptr, 0};

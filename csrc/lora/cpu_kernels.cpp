@@ -114,25 +114,34 @@ inline void prefetch(const T* row, int64_t columns) {
   for (int64_t i = 0; i < columns * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
 }
 
-// A block of a [rows, features] matrix, masked: accumulators by row, zero beyond `columns` up to the next vector. The block that
-// lies `ahead` values further is asked for.
+// The rows of a matrix, `stride` apart: all in turn, or those that an index names.
+template <class T>
+struct RowsAt {
+  T* data;
+  int64_t stride;
+  const int64_t* index;
+  T* at(int64_t row, int64_t column) const { return data + offset_of(index ? index[row] : row, stride, column); }
+};
+
+// The block at (row, column) of a matrix, masked: accumulators by row, zero beyond `columns` up to the next vector. The block that
+// lies `rows_ahead` and `columns_ahead` further is asked for.
 template <class T, class A>
-void unpack(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, const Mask& mask, int64_t mask_row,
-            int64_t mask_column, A* to) {
+void unpack(const RowsAt<const T>& from, int64_t first, int64_t column, int64_t rows, int64_t columns, int64_t rows_ahead,
+            int64_t columns_ahead, const Mask& mask, A* to) {
   for (int64_t i = 0; i < rows; ++i) {
-    prefetch(from + i * stride + ahead, columns);
-    const T* row = from + i * stride;
-    const uint8_t* bits = mask.data ? mask.data + (mask_row + i) * mask.stride : nullptr;
+    prefetch(from.at(first + i + rows_ahead, column + columns_ahead), columns);
+    const T* row = from.at(first + i, column);
+    const uint8_t* bits = mask.data ? mask.data + (first + i) * mask.stride : nullptr;
     A* out = to + i * kColumnChunk;
     int64_t c = 0;
     for (; c + kLanes<A> <= columns; c += kLanes<A>) {
       Vector<A> v = load(row + c);
-      if (bits) v = keep<A>(v, keep_bits<A>(bits, mask_column + c));
+      if (bits) v = keep<A>(v, keep_bits<A>(bits, column + c));
       store(out + c, v);
     }
     if (c < columns) {
       Vector<A> v = load_part(row + c, columns - c);
-      if (bits) v = keep<A>(v, keep_bits_part<A>(bits, mask_column + c, columns - c));
+      if (bits) v = keep<A>(v, keep_bits_part<A>(bits, column + c, columns - c));
       store(out + c, v);
     }
   }
@@ -140,12 +149,12 @@ void unpack(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_
 
 #ifdef __AVX512BF16__
 // The same as bfloat16, zero beyond `columns` up to the next vector.
-void unpack(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, const Mask& mask, int64_t mask_row,
-            int64_t mask_column, uint32_t* to) {
+void unpack(const RowsAt<const bfloat16>& from, int64_t first, int64_t column, int64_t rows, int64_t columns, int64_t rows_ahead,
+            int64_t columns_ahead, const Mask& mask, uint32_t* to) {
   for (int64_t i = 0; i < rows; ++i) {
-    prefetch(from + i * stride + ahead, columns);
-    const bfloat16* row = from + i * stride;
-    const uint8_t* bits = mask.data ? mask.data + (mask_row + i) * mask.stride + mask_column / 8 : nullptr;
+    prefetch(from.at(first + i + rows_ahead, column + columns_ahead), columns);
+    const bfloat16* row = from.at(first + i, column);
+    const uint8_t* bits = mask.data ? mask.data + (first + i) * mask.stride + column / 8 : nullptr;
     uint32_t* out = to + i * (kColumnChunk / 2);
     for (int64_t c = 0; c < columns; c += 32) {
       const int64_t count = min_of(32, columns - c);
@@ -226,6 +235,7 @@ void project(const ProjectTask& t, int64_t begin, int64_t end) {
   constexpr int64_t kElements = kColumnChunk / M::step;
   alignas(64) E block[kRowBlock * kElements];
   alignas(64) A sums[kRowBlock * kRankBlock];
+  const RowsAt<const T> x{static_cast<const T*>(t.x), t.x_stride, t.index};
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task * kRowBlock, rows = min_of(kRowBlock, t.rows - first), padded = round_up(rows, kTile);
     std::memset(block + rows * kElements, 0, static_cast<size_t>((padded - rows) * kElements) * sizeof(E));
@@ -237,8 +247,7 @@ void project(const ProjectTask& t, int64_t begin, int64_t end) {
         if (t.draw && j == 0)
           for (int64_t i = first; i < first + rows; ++i)
             dropout_bytes(t.seed, i, c / 8, ceil_div(columns, 8), t.threshold, t.mask.data + i * t.mask.stride + c / 8);
-        unpack(static_cast<const T*>(t.x) + offset_of(first, t.x_stride, c), t.x_stride, rows, columns, kColumnChunk, t.mask, first, c,
-               block);
+        unpack(x, first, c, rows, columns, 0, kColumnChunk, t.mask, block);
         tile<M, kElements, 1>(block, static_cast<const E*>(t.a.data) + (c / M::step) * t.a.stride + j, t.a.stride,
                               ceil_div(columns, M::step), sums, kRankBlock, padded, round_up(ranks, kLanes<A>), true);
       }
@@ -256,8 +265,9 @@ inline void expand_tile(const ExpandTask& t, int64_t row, int64_t column, int64_
   using E = typename M::Element;
   const E* s = static_cast<const E*>(t.s) + row * t.s_stride;
   const E* b = static_cast<const E*>(t.b.data) + column;
+  const RowsAt<T> rows{static_cast<T*>(t.y), t.y_stride, t.index};
   Vector<A> sum[I][V] = {};
-  for (int i = 0; i < I; ++i) prefetch(static_cast<const T*>(t.y) + offset_of(row + I + i, t.y_stride, column), V * kLanes<A>);
+  for (int i = 0; i < I; ++i) prefetch(rows.at(row + I + i, column), V * kLanes<A>);
   for (int64_t k = 0; k < t.s_stride; ++k) {
     typename M::Operand operand[V];
     for (int v = 0; v < V; ++v) operand[v] = load_raw<typename M::Operand>(b + k * t.b.stride + v * kLanes<A>);
@@ -265,7 +275,7 @@ inline void expand_tile(const ExpandTask& t, int64_t row, int64_t column, int64_
       for (int v = 0; v < V; ++v) sum[i][v] = M::add_product(sum[i][v], s[i * t.s_stride + k], operand[v]);
   }
   for (int i = 0; i < I; ++i) {
-    T* y = static_cast<T*>(t.y) + offset_of(row + i, t.y_stride, column);
+    T* y = rows.at(row + i, column);
     const uint8_t* bits = t.mask.data ? t.mask.data + (row + i) * t.mask.stride : nullptr;
     for (int v = 0; v < V; ++v) {
       const int64_t c = v * kLanes<A>;
@@ -312,6 +322,7 @@ void gradient(const GradientTask& t, int64_t begin, int64_t end) {
   alignas(64) E block[kRowBlock * kElements];
   alignas(64) E pairs[M::step == 1 ? 1 : kRowBlock * kColumnChunk / 2];
   alignas(64) A sums[kColumnChunk * kRankBlock];
+  const RowsAt<const T> g{static_cast<const T*>(t.g), t.g_stride, t.index};
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t column = panel * t.panel, columns = min_of(t.panel, t.features - column), padded_columns = round_up(columns, kTile);
     for (int64_t j = 0; j < t.rank; j += kRankBlock) {
@@ -319,8 +330,7 @@ void gradient(const GradientTask& t, int64_t begin, int64_t end) {
       std::memset(sums, 0, sizeof sums);
       for (int64_t row = 0; row < t.rows; row += kRowBlock) {
         const int64_t rows = min_of(kRowBlock, t.rows - row), padded = round_up(rows, kTile);
-        unpack(static_cast<const T*>(t.g) + offset_of(row, t.g_stride, column), t.g_stride, rows, columns, kRowBlock * t.g_stride, t.mask,
-               row, column, block);
+        unpack(g, row, column, rows, columns, kRowBlock, 0, t.mask, block);
         if (rows < padded) std::memset(block + rows * kElements, 0, static_cast<size_t>((padded - rows) * kElements) * sizeof(E));
         if (t.b.data)
           tile<M, kElements, 1>(block, static_cast<const E*>(t.b.data) + (column / M::step) * t.b.stride + j, t.b.stride,
@@ -447,6 +457,11 @@ void small(const SmallTask& t, int64_t begin, int64_t end) {
     if (t.s)
       block_products<A, F>(static_cast<const F*>(t.b) + n * t.b_stride, t.b_stride, weight_rows, static_cast<const A*>(t.s), t.rank, t.rows,
                            t.rank, sums);
+    for (int64_t k = 0; k < t.run_count; ++k) {
+      const SmallRun& run = t.runs[k];
+      block_products<A, F>(static_cast<const F*>(run.b) + n * t.b_stride, t.b_stride, weight_rows, static_cast<const A*>(run.s), run.rank,
+                           run.rows, run.rank, sums + run.first);
+    }
     for (int64_t i = 0; i < weight_rows; ++i)
       for (int64_t j = 0; j < t.rows; ++j) {
         A value = static_cast<A>(t.factor) * sum_lanes(sums[i * kSmallRows + j]);

@@ -33,6 +33,9 @@ struct Packed {
   int64_t stride;
 };
 
+// Where a task has an index, its row i is row index[i] of x, y or g. The index has kRowBlock entries more than rows, any rows of the
+// matrix: those are asked for ahead, never used. There is no mask then.
+
 // S = factor * keep(x) A^T. Tasks: blocks of kRowBlock rows.
 struct ProjectTask {
   const void* x;
@@ -44,6 +47,7 @@ struct ProjectTask {
   uint32_t threshold;
   Mask mask;
   void* s;  // accumulators [rows, rank]
+  const int64_t* index = nullptr;
 };
 
 // Y += keep(S B). Tasks: row blocks times blocks of kExpandColumns columns, columns fastest.
@@ -54,6 +58,7 @@ struct ExpandTask {
   int64_t s_stride;
   Packed b;  // ranks by features
   Mask mask;
+  const int64_t* index = nullptr;
 };
 
 // gradient[feature, rank] = keep(G)^T S, and beside it partial sums of G times a factor. Tasks: column panels.
@@ -66,6 +71,15 @@ struct GradientTask {
   int64_t gradient_feature_stride, gradient_rank_stride;
   Packed b;        // features by ranks; data null where the partial sums are not wanted
   void* partials;  // accumulators [panels][padded rows][padded rank]
+  const int64_t* index = nullptr;
+};
+
+// Consecutive tokens of a few-row product that share an adapter.
+struct SmallRun {
+  int64_t first, rows;
+  const void* s;  // accumulators [rows, rank]
+  const void* b;  // [out_features][b_stride], the factor's storage
+  int64_t rank;
 };
 
 // y = factor * (x W^T + S B^T) + bias for few rows. Tasks: blocks of kSmallBlock weight rows.
@@ -79,6 +93,8 @@ struct SmallTask {
   int64_t rank, b_stride;
   double factor;  // of the products, not of the bias
   void* y;        // [rows, out_features]
+  const SmallRun* runs;  // instead of s and b: each run's own second segment
+  int64_t run_count;
 };
 
 // Kernels for one pair of storage types: x, weight, y in the first, lora_a and lora_b in the second.

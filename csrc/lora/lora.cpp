@@ -82,8 +82,9 @@ Problem check_backward(const Tensor& grad, const std::optional<Tensor>& x, const
   const char* op = "lora_linear_backward";
   PEFTOPS_CHECK(x.has_value() || !needs_x, op, ": x is needed for the gradients of weight and lora_a");
   check_dim(op, "weight", weight, 2, "[out_features, features]");
-  const Problem problem = check_problem(op, x ? *x : grad, x ? x_features(op, *x) : weight.size(1), weight, std::nullopt, lora_a, lora_b,
-                                        tensor_scale, 0.0, std::nullopt);
+  const std::optional<Tensor> none;
+  const Problem problem =
+      check_problem(op, x ? *x : grad, x ? x_features(op, *x) : weight.size(1), weight, none, lora_a, lora_b, tensor_scale, 0.0, none);
   const auto& [features, out_features, rank] = problem;
   check_dropout(op, dropout_p, "dropout_p");
   check_dtype(op, "grad", grad, weight.scalar_type(), "weight has");
