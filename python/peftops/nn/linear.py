@@ -116,13 +116,11 @@ class LoRALinear(Member, LinearLike, nn.Linear):
         return super()._adapted(x, names) if y is None else y
 
     def operands(self, x):
-        names = () if self.merged or self.disabled else tuple(self.active)
+        names = () if self.merged else self._computed()
         if len(names) != 1 or self.adapters[names[0]].lora_bias:
             return None
         (name,) = names
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if weight is None:
             return None
-        return Operands(
-            weight, bias, self.lora_a[name], self.lora_b[name], self._scale(name), self._dropout(name)
-        )
+        return Operands(weight, bias, self.lora_a[name], self.lora_b[name], self._scale(name), self._dropout(name))

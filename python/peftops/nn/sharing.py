@@ -185,7 +185,7 @@ class Group:
     def _compute(self, order: list[int], x: Tensor) -> Tensor | None:
         found = {i: _operands(self._member(i), self, x) for i in order}
         own = found[order[0]]
-        order = [i for i in order if own is not None and _go_together(own, found[i])]
+        order = [i for i in order if own is not None and found[i] is not None and go_together(own, found[i])]
         if len(order) < 2:
             return None
         operands = [found[i] for i in order]
@@ -311,25 +311,30 @@ def intercepted(module: nn.Module) -> bool:
     )
 
 
+def fits(operands: Operands, x: Tensor) -> bool:
+    """Whether the operator takes these operands beside x."""
+    tensors = [t for t in operands[:5] if t is not None]
+    if any(type(t) not in _PLAIN or t.device != x.device for t in tensors):
+        return False
+    weight, _, down, up, *_ = operands
+    if weight.dim() != 2 or down.dim() != 2 or up.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def go_together(a: Operands, b: Operands) -> bool:
+    """Whether one call of the operator takes both."""
+    if a.dropout_p != b.dropout_p:
+        return False
+    return (a.weight.dtype, a.lora_a.dtype, a.lora_b.dtype) == (b.weight.dtype, b.lora_a.dtype, b.lora_b.dtype)
+
+
 def _operands(layer: Member | None, group: Group, x: Tensor) -> Operands | None:
-    """The operands of a layer of the group, if the operator takes them beside x."""
+    """What a layer of the group would hand to the operator for x; None where it has to be called itself."""
     place = getattr(layer, "sharing", None)
     if place is None or place.group is not group or intercepted(layer):
         return None
     operands = layer.operands(x)
-    if operands is None:
+    if operands is None or not fits(operands, x) or any(t is not None and t.is_inference() for t in operands[:5]):
         return None
-    weight, bias, down, up, scale, _ = operands
-    tensors = [t for t in (weight, bias, down, up, scale) if t is not None]
-    if any(type(t) not in _PLAIN or t.device != x.device or t.is_inference() for t in tensors):
-        return None
-    if weight.dim() != 2 or down.dim() != 2 or up.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
-        return None
-    as_it_is = not torch.is_autocast_enabled(x.device.type)
-    return None if as_it_is and x.dtype != weight.dtype else operands
-
-
-def _go_together(a: Operands, b: Operands | None) -> bool:
-    if b is None or a.dropout_p != b.dropout_p:
-        return False
-    return (a.weight.dtype, a.lora_a.dtype, a.lora_b.dtype) == (b.weight.dtype, b.lora_a.dtype, b.lora_b.dtype)
+    return operands
