@@ -13,7 +13,9 @@ from torch import nn
 from ..nn import inits
 from ..nn.adapter import check_name
 from ..nn.dtensor import is_dtensor
+from ..nn.linear import LoRALinear
 from ..nn.lora import LoRALayer
+from ..nn.sharing import share_inputs
 from .entry import Entry, active_weights, check_apart, fill, flags_kept, read, take_out
 from .files import save_adapter
 from .lora import LoRA, Plan, plan
@@ -39,9 +41,10 @@ class Tuning:
         what: Plan,
         trainable: bool,
         values: dict[str, torch.Tensor] | None = None,
+        sharing: bool = False,
     ):
         check_name(name)
-        self.model = model
+        self.model, self._sharing = model, sharing
         self._attached, self._disabled = True, False
         self._entries: dict[str, Entry] = {}
         self.active: dict[str, float] = {}
@@ -171,6 +174,7 @@ class Tuning:
                 if path in layers
             }
             fill(self.model, name, {path: adapter for path, adapter in layers.items() if path not in places}, factors)
+        self._group()
         for path, layer in places.items():
             if path in layers:
                 layer.take_(name, layers[path], ready[path])
@@ -345,6 +349,11 @@ class Tuning:
             saved.assign(values)
         self._entries[name] = Entry(method, list(what.layers), saved, trainable, what.skipped, [])
         self._set_factor_flags(name)
+        self._group()
+
+    def _group(self) -> None:
+        if self._sharing:
+            share_inputs(self.model, LoRALinear)
 
     def _apply_activation(self) -> None:
         """Bring scales and the modules that are trained whole in line with `active`."""

@@ -152,9 +152,10 @@ class Group:
             return None
         order = self._order(index)
         self._calls.append(index)
-        held, _thread.held = _thread.held, None
-        if held is not None and held.group is self and index in held.values:
-            return self._take(held, index, layer, x)
+        held = _thread.held
+        if held is not None and held.group is self and index != held.first:
+            return self._take(held, index, layer, x) if index in held.values else None
+        _thread.held = None
         if held is not None:
             held.group.dissolved = True  # what it computed was in vain
         return None if self.dissolved or self._first not in (None, index) else self._compute(order, x)
@@ -167,7 +168,7 @@ class Group:
         return [(first + i) % count for i in range(count)]
 
     def _take(self, held: Held, index: int, layer: Member, x: Tensor) -> Tensor | None:
-        waiting = held.values.pop(index)
+        _thread.held, waiting = None, held.values.pop(index)
         operands = layer.operands(x)
         same = held.x is x and held.surroundings == _surroundings(x.device) and _same(held.facts, _facts(x))
         same = same and operands is not None and _same(waiting.facts, _facts(*operands[:5]))
@@ -185,7 +186,9 @@ class Group:
     def _compute(self, order: list[int], x: Tensor) -> Tensor | None:
         found = {i: _operands(self._member(i), self, x) for i in order}
         own = found[order[0]]
-        order = [i for i in order if own is not None and found[i] is not None and go_together(own, found[i])]
+        if own is None:
+            return None
+        order = [i for i in order if found[i] is not None and _alike(x, own, found[i])]
         if len(order) < 2:
             return None
         operands = [found[i] for i in order]
@@ -319,6 +322,8 @@ def fits(operands: Operands, x: Tensor) -> bool:
     weight, _, down, up, *_ = operands
     if weight.dim() != 2 or down.dim() != 2 or up.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         return False
+    if down.dtype != up.dtype:
+        return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
 
 
@@ -326,7 +331,18 @@ def go_together(a: Operands, b: Operands) -> bool:
     """Whether one call of the operator takes both."""
     if a.dropout_p != b.dropout_p:
         return False
-    return (a.weight.dtype, a.lora_a.dtype, a.lora_b.dtype) == (b.weight.dtype, b.lora_a.dtype, b.lora_b.dtype)
+    return (a.weight.dtype, a.lora_a.dtype) == (b.weight.dtype, b.lora_a.dtype)
+
+
+def _alike(x: Tensor, a: Operands, b: Operands) -> bool:
+    """Whether one call takes both, and their outputs are parts of autograd's graph or neither of them is: a common node
+    makes both one.
+    """
+    return go_together(a, b) and (x.requires_grad or _trains(a) == _trains(b))
+
+
+def _trains(operands: Operands) -> bool:
+    return any(t is not None and t.requires_grad for t in operands[:5])
 
 
 def _operands(layer: Member | None, group: Group, x: Tensor) -> Operands | None:
