@@ -91,6 +91,18 @@ def test_a_whole_batch_with_one_adapter_has_its_bits(llamas):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_rows_of_a_mixed_batch_have_the_bits_of_their_adapters(tmp_path, kind, gradients):
+    """Where the plan is the same: as many rows, and more than the few-row kernels take."""
+    make = seeded(lambda: FAMILIES[kind]().eval())
+    where = saved(tmp_path, make, LINEAR)
+    with torch.set_grad_enabled(gradients):
+        got = MultiLoRA(make(), where)(IDS, adapters=CHOSEN).logits
+        for row, name in enumerate(CHOSEN):
+            assert torch.equal(got[row], alone(make, where.get(name), lambda m: m(IDS).logits)[row])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_pefts_mixed_batch(tmp_path, kind):
     make, where = seeded(lambda: FAMILIES[kind]().eval()), {}
     for number, (name, r, targets) in enumerate([("a", 4, SOME[kind]), ("b", 7, "all-linear")]):

@@ -13,7 +13,7 @@ from torch import nn
 from ..nn import inits
 from ..nn.adapter import check_name
 from ..nn.dtensor import is_dtensor
-from ..nn.linear import LoRALinear
+from ..nn.linear import LinearLike, LoRALinear
 from ..nn.lora import LoRALayer
 from ..nn.sharing import share_inputs
 from .entry import Entry, active_weights, check_apart, fill, flags_kept, read, take_out
@@ -285,6 +285,32 @@ class Tuning:
         self._check_base("unmerge")
         for layer in self._layers().values():
             layer.unmerge()
+
+    # ---- few rows on the CPU -------------------------------------------------------------------------------------
+
+    def prepack(self) -> int:
+        """For generating text on the CPU: hold a second copy of every adapted linear weight in the order in which
+        calls of few rows (64 at most) without gradients read it. Returns the bytes of the copies.
+
+        They follow the weights, are in no file and go with :meth:`unpack` and :meth:`detach`; layers adapted later have
+        none. The last bits of such calls differ from those without.
+
+        Raises RuntimeError where an adapted linear layer is not on the CPU; nothing is held then.
+        """
+        self._check("prepack")
+        layers = [layer for layer in self._layers().values() if isinstance(layer, LinearLike)]
+        try:
+            return sum(layer.prepack_() for layer in layers)
+        except BaseException:
+            self.unpack()
+            raise
+
+    def unpack(self) -> None:
+        """Free the copies of :meth:`prepack`."""
+        self._check("unpack")
+        for layer in self._layers().values():
+            if isinstance(layer, LinearLike):
+                layer.unpack_()
 
     # ---- switching off -------------------------------------------------------------------------------------------
 

@@ -11,11 +11,14 @@ from ..ops import lora_linear
 from . import inits
 from .adapter import Adapter, factor_dtype
 from .lora import LoRALayer
+from .packed import PackedWeight
 from .sharing import Member, Operands
 
 
 class LinearLike(LoRALayer):
     """LoRA on a layer whose base product is a linear one, on the operator :func:`peftops.ops.lora_linear`."""
+
+    packed: PackedWeight | None = None
 
     # The operator's view of the base weight, [out_features, in_features].
     def _weight(self) -> Tensor:
@@ -40,6 +43,29 @@ class LinearLike(LoRALayer):
     def _product(self, a, b):
         return self._stored(b @ a)
 
+    def prepack_(self) -> int:
+        """Hold a packed copy of the base weight for calls of few rows (:data:`peftops.nn.packed.MOST_ROWS`) without
+        gradients on the CPU; its bytes. It follows the weight, is in no state_dict, and copies of the layer make their
+        own. The base product then is the packed kernel's, whose last bits differ.
+
+        Raises RuntimeError where the weight is not on the CPU or was made in inference mode.
+        """
+        weight = self._weight()
+        if weight.device.type != "cpu" or weight.is_inference():
+            what = "was made in inference mode" if weight.device.type == "cpu" else f"is on {weight.device}"
+            raise RuntimeError(f"prepack: the weight {what}; packed weights are for inference on the CPU")
+        self.packed = PackedWeight()
+        return self.packed(weight).nbytes
+
+    def unpack_(self) -> None:
+        """Free the packed copy."""
+        self.packed = None
+
+    def _apply(self, fn, recurse=True):
+        if self.packed is not None:
+            self.packed.drop()
+        return super()._apply(fn, recurse)
+
     def _adapted(self, x, names):
         bias = self._bias_with(names)
         if len(names) == 1:
@@ -57,6 +83,11 @@ class LinearLike(LoRALayer):
 
     def _fused(self, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         p, seed = self._dropout(name), None
+        if self.packed is not None and p == 0 and not torch.compiler.is_compiling():
+            operands = self._weight(), bias, self.lora_a[name], self.lora_b[name], self._scale(name)
+            y = self.packed.output(x, *operands)
+            if y is not None:
+                return y
         if p > 0:
             seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
         return lora_linear(x, self._weight(), bias, self.lora_a[name], self.lora_b[name], self._scale(name), p, seed)
@@ -112,7 +143,7 @@ class LoRALinear(Member, LinearLike, nn.Linear):
         return cls._around(linear, adapter, "from_linear")
 
     def _adapted(self, x, names):
-        y = self.shared_output(x) if len(names) == 1 else None
+        y = self.shared_output(x) if len(names) == 1 and self.packed is None else None
         return super()._adapted(x, names) if y is None else y
 
     def operands(self, x):
