@@ -132,6 +132,11 @@ Tensor lora_dropout_mask(Tensor seed, int64_t rows, int64_t cols, double p) {
 
 }  // namespace
 
+Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
+                     double scale) {
+  return lora_linear_any(x, weight, bias, lora_a, lora_b, scale, std::nullopt, 0.0, std::nullopt);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_linear));
   m.impl("lora_linear.tensor_scale", TORCH_BOX(&lora_linear_tensor_scale));

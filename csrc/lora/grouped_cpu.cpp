@@ -126,13 +126,12 @@ class GroupedCall {
   Tensor project(const Rows& x, const Tensor& lora_a) {
     const std::vector<Packed> a = pack([&](const Group& group) { return a_of(lora_a, group); });
     const Tensor s = sums();
+    std::vector<ProjectPart> parts(a.size());
     std::vector<ProjectTask> tasks;
     for (size_t g = 0; g < a.size(); ++g) {
       const Group& group = grouping_.groups[g];
-      ProjectTask task{};
-      task.x = x.data(), task.rows = group.rows, task.features = x.columns, task.x_stride = x.stride, task.rank = group.rank;
-      task.a = a[g], task.factor = group.scale, task.s = sums_of(s, group), task.index = index_of(group);
-      tasks.push_back(task);
+      parts[g] = {0, group.rank, group.scale, 0, Mask{}, sums_of(s, group)};
+      tasks.push_back({x.data(), group.rows, x.columns, x.stride, a[g], &parts[g], 1, group.rank, false, 0, index_of(group)});
     }
     spread_parts(row_blocks(1), 1, [&](size_t part, int64_t begin, int64_t end) { kernels_.project(tasks[part], begin, end); });
     return s;
@@ -143,13 +142,12 @@ class GroupedCall {
   void expand(const Tensor& y, int64_t features, const Tensor& s, const Factor& factor) {
     const std::vector<Packed> b = pack(factor);
     const std::vector<Packed> elements = elements_of(s);
+    std::vector<ExpandPart> parts(b.size());
     std::vector<ExpandTask> tasks;
     for (size_t g = 0; g < b.size(); ++g) {
       const Group& group = grouping_.groups[g];
-      ExpandTask task{};
-      task.y = y.mutable_data_ptr(), task.rows = group.rows, task.features = features, task.y_stride = features;
-      task.s = elements[g].data, task.s_stride = elements[g].stride, task.b = b[g], task.index = index_of(group);
-      tasks.push_back(task);
+      parts[g] = {elements[g].data, elements[g].stride, ceil_div(group.rank, kernels_.step), b[g], Mask{}};
+      tasks.push_back({y.mutable_data_ptr(), group.rows, features, features, &parts[g], 1, index_of(group)});
     }
     spread_parts(row_blocks(ceil_div(features, kExpandColumns)), 1,
                  [&](size_t part, int64_t begin, int64_t end) { kernels_.expand(tasks[part], begin, end); });
@@ -161,14 +159,16 @@ class GroupedCall {
   Tensor gradient(const Rows& g, const Tensor* s, const Tensor* gradient, int64_t feature_stride, int64_t rank_stride,
                   const Factor* factor) {
     const int64_t panel = gradient_panel(g.columns), panels = ceil_div(g.columns, panel);
+    std::vector<GradientPart> parts(grouping_.groups.size());
     std::vector<GradientTask> tasks;
     for (const Group& group : grouping_.groups) {
       GradientTask task{};
       task.g = g.data(), task.rows = group.rows, task.features = g.columns, task.g_stride = g.stride;
-      task.rank = group.rank, task.panel = panel, task.index = index_of(group);
+      task.width = call_.padded(group.rank), task.panel = panel, task.index = index_of(group);
       if (gradient) {
-        task.gradient = advanced_mutable(*gradient, group.adapter * gradient->stride(0));
-        task.gradient_feature_stride = feature_stride, task.gradient_rank_stride = rank_stride;
+        GradientPart& part = parts[tasks.size()];
+        part = {0, group.rank, Mask{}, advanced_mutable(*gradient, group.adapter * gradient->stride(0)), feature_stride, rank_stride};
+        task.parts = &part, task.count = 1;
       }
       tasks.push_back(task);
     }
@@ -277,7 +277,7 @@ class GroupedCall {
     elements = scratch([&](const Group& group) { return std::pair(group.rows, ceil_div(group.rank, kernels_.step)); });
     for (size_t g = 0; g < elements.size(); ++g) {
       const Group& group = grouping_.groups[g];
-      kernels_.pack_ranks(sums_of(s, group), group.rows, group.rank, elements[g]);
+      kernels_.pack_ranks(sums_of(s, group), group.rank, group.rows, group.rank, elements[g]);
     }
     return elements;
   }
@@ -299,7 +299,7 @@ class GroupedCall {
     spread_parts(rows, 64, [&](size_t part, int64_t begin, int64_t end) {
       const Group& group = grouping_.groups[part];
       kernels_.reduce(tasks[part].partials, panels, panel_elements(group), call_.padded(group.rank), group.rank, group.scale,
-                      sums_of(found, group), begin, end);
+                      sums_of(found, group), group.rank, begin, end);
     });
     return found;
   }

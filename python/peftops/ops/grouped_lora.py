@@ -252,14 +252,14 @@ _SHAPES = (
     ((4,), 5, 0, 2, 2, "any"),
     ((170,), 129, 65, 17, 2, "sorted"),
     ((17,), 300, 271, 8, 40, "any"),
-    ((1,), 256, 96, 16, 3, "any"),
-    ((16,), 63, 127, 5, 4, "sorted"),
-    ((14,), 70, 40, 6, 3, "ranks"),
+    ((1,), 256, 96, 16, 1, "named"),
+    ((16,), 31, 127, 8, 3, "sorted"),
+    ((14,), 30, 40, 6, 3, "ranks"),
     ((2, 33), 16, 24, 72, 4, "ranks"),
     ((9, 2), 12, 10, 4, 3, "none"),
     ((6,), 12, 10, 4, 0, "none"),
     ((21,), 12, 10, 0, 2, "any"),
-    ((50,), 40, 30, 8, 1, "any"),
+    ((50,), 24, 30, 8, 1, "any"),
 )
 
 
@@ -281,15 +281,16 @@ def _parts(device, dtype, seed) -> Iterator[tuple[str, tuple]]:
         return x, weight, randn(n) if bias else None, a, b, scales
 
     for index, (lead, k, n, r, adapters, kind) in enumerate(_SHAPES):
-        ids = integers(-1, adapters, lead) if kind != "none" else torch.full(lead, -1, device=device)
+        least = 0 if kind == "named" else -1
+        ids = integers(least, adapters if kind != "none" else 0, lead)
         ids = ids.reshape(-1).sort().values.reshape(lead) if kind == "sorted" else ids
-        ranks = integers(0, r + 1, (adapters,)) if kind == "ranks" else None
+        ranks = integers(r // 2, r + 1, (adapters,)) if kind == "ranks" else None
         label = f"{list(lead)}x{k}->{n} r{r} of {adapters}, {kind} ids"
         yield label, (*operands(lead, k, n, r, adapters, dtype, index % 2 == 0), ids, ranks)
     if dtype in (torch.bfloat16, torch.float16):
         wide = operands((2, 19), 40, 31, 6, 3, torch.float32, True)
         yield "float32 factors", (*wide, integers(-1, 3, (2, 19)), None)
-        few = operands((5,), 70, 40, 6, 3, torch.float32, True)
+        few = operands((5,), 30, 40, 6, 3, torch.float32, True)
         yield "float32 factors, few rows", (*few, integers(-1, 3, (5,)), None)
     narrow = operands((40,), 24, 18, 5, 3, dtype, True)
     ids, ranks = integers(-1, 3, (40,), torch.int32), torch.tensor([2, 0, 5], dtype=torch.int32, device=device)
@@ -308,8 +309,8 @@ def _parts(device, dtype, seed) -> Iterator[tuple[str, tuple]]:
             None,
         ),
     )
-    x, weight, bias, a, b, scales = operands((19,), 24, 18, 3, 4, dtype, True)
-    spread = (x[:1].expand(19, 24), weight, bias[:1].expand(18), a[:1].expand(4, 3, 24), b[:, :1].expand(4, 18, 3))
+    x, weight, bias, a, b, scales = operands((19,), 16, 18, 3, 4, dtype, True)
+    spread = (x[:1].expand(19, 16), weight, bias[:1].expand(18), a[:1].expand(4, 3, 16), b[:, :1].expand(4, 18, 3))
     ranks = torch.tensor([2], device=device).expand(4)
     yield "expanded", (*spread, scales[:1].expand(4), integers(0, 4, (1,)).expand(19), ranks)
     x, weight, bias, a, b, scales = operands((18,), 48, 40, 8, 6, dtype, True)
