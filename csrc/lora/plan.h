@@ -14,9 +14,21 @@ constexpr int64_t kRowBlock = 64;       // tokens per task, and per pass of a co
 constexpr int64_t kColumnChunk = 256;   // features unpacked at a time: 64 KiB of float32 beside 64 rows
 constexpr int64_t kRankBlock = 64;      // ranks summed at a time
 constexpr int64_t kExpandColumns = 1024;  // features per up-projection task
-constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own kernel makes the base product as well
+constexpr int64_t kSmallRows = 16;      // tokens that the few-row kernel takes at a time
 constexpr int64_t kSmallBlock = 8;      // weight rows per step of that kernel
 constexpr int64_t kSmallPiece = 1024;    // features per step of that kernel, for more than four rows
+
+// A packed weight (packed_kernels.h).
+constexpr int64_t kPackedLanes = 16;                // weight rows side by side: a block
+constexpr int64_t kPackedStep = 2 * kPackedLanes;   // numbers of a block that lie together
+constexpr int64_t kPackedRows = 64;                 // rows that share a piece of the weight while it is in the first cache
+constexpr int64_t kPackedPiece = 8192;              // bytes of such a piece of a block
+constexpr int64_t kPackedAhead = 2048;              // bytes: how far ahead of its use the weight is asked for
+constexpr int64_t kPackedChunk = 256;               // steps of x that a task lays out in strips
+
+// Rows up to which, without grad, our own kernel makes the base product as well. Where bfloat16 is multiplied in pairs, the vendor's GEMM
+// overtakes it beyond four rows.
+inline int64_t few_rows(bool pairs) { return pairs ? 4 : kSmallRows; }
 
 // Features per step of the few-row kernel. More than four tokens go over a weight row several times, so they go piece by piece: eight
 // weight rows of a piece fit the first cache. Four or fewer go over it once.
