@@ -4,6 +4,7 @@
 
     model = peft.get_peft_model(base, peft.LoraConfig(...))
     hf_peft.accelerate(model)       # how many layers now run on peftops.ops.lora_linear
+    hf_peft.accelerate(model, share_inputs=True)  # and q, k and v, gate and up in one call of it
     print(hf_peft.coverage(model))  # every LoRA layer, and why it was left alone
     hf_peft.undo(model)             # PEFT's own classes again
 
