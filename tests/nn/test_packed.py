@@ -70,7 +70,7 @@ def test_every_other_call_is_the_layers_own(calls):
     x = torch.randn(3, 30)
     assert own(x)  # gradients may be asked for
     with torch.no_grad():
-        assert own(torch.randn(65, 30)) and own(torch.randn(0, 30)[:0]) or True
+        assert own(torch.randn(65, 30)) and own(torch.randn(5, 13, 30))
         with torch.autocast("cpu", torch.bfloat16):
             assert own(x)
         adapted.set_active({"default": 1.0, "b": 1.0})
@@ -91,7 +91,7 @@ def test_every_other_call_is_the_layers_own(calls):
             adapted(x.double())
         with pytest.raises(RuntimeError, match="lora_linear: "):
             adapted(x[:, :7])
-    assert [call for call in calls if call not in ("pack", 0)] == []
+    assert set(calls) == {"pack"}
 
 
 CHANGES = {
