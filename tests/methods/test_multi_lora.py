@@ -318,6 +318,33 @@ def test_add_and_remove(tmp_path, llamas):
         multi.add("b", where["b"])
 
 
+def test_an_adapter_that_fails_on_the_way_leaves_nothing(llamas, monkeypatch):
+    make, where = llamas
+    done, real = [], GroupedLike.put_
+
+    def fails(layer, *args):
+        done.append(layer)
+        if len(done) % 5 == 0:
+            raise MemoryError("no memory")
+        real(layer, *args)
+
+    model = make()
+    kinds, expected = [type(m) for m in model.modules()], model(IDS).logits
+    monkeypatch.setattr(GroupedLike, "put_", fails)
+    with pytest.raises(MemoryError):
+        MultiLoRA(model, where)
+    assert [type(m) for m in model.modules()] == kinds and torch.equal(model(IDS).logits, expected)
+    monkeypatch.setattr(GroupedLike, "put_", real)
+    multi = MultiLoRA(model, {"b": where["b"]})
+    expected = multi(IDS, adapters=["b", None, "b"]).logits
+    monkeypatch.setattr(GroupedLike, "put_", fails)
+    with pytest.raises(MemoryError):
+        multi.add("a", where["a"])
+    changed = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, GroupedLike)}
+    assert multi.adapters == {"b": 0} and changed == set(SOME["llama"])
+    assert torch.equal(multi(IDS, adapters=["b", None, "b"]).logits, expected)
+
+
 def test_layers_without_an_adapter_are_plain(llamas):
     make, where = llamas
     multi = MultiLoRA(make(), where)
@@ -440,4 +467,8 @@ def test_other_adapters_recompile_nothing(llamas, gradients):
             assert distance(*results) < 1e-5
             if gradients:
                 assert distance(*(torch.autograd.grad(r.square().sum(), x)[0] for r in results)) < 1e-5
-    assert len(graphs) == 1
+        assert len(graphs) == 1
+        torch._dynamo.mark_dynamic(longer := torch.randn(2, 9, 16, requires_grad=gradients), [0, 1])
+        for length in (9, 8, 6):  # other numbers of rows and tokens: once more, with sizes that are not fixed
+            multi(inputs_embeds=longer[:, :length].contiguous(), adapters=["a", "b"])
+    assert len(graphs) == 2

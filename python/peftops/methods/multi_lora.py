@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..nn.adapter import check_name, factor_dtype
+from ..nn.adapter import factor_dtype
 from ..nn.dtensor import is_dtensor
 from ..nn.grouped import NO_ADAPTER, GroupedLike, GroupedLoRALinear, Rows
 from ..nn.linear import LinearLike
@@ -33,7 +33,8 @@ class MultiLoRA:
     model: any model whose activations have the batch first; adapters: name -> directory in Hugging Face PEFT's format.
     They may differ in rank, scale and target modules; a layer that an adapter does not have stays the base model's for
     its rows. A row's result is that of the adapter alone (:func:`peftops.load`), and which rows use which adapter
-    recompiles nothing. There is no dropout, also in training mode.
+    recompiles nothing. There is no dropout, also in training mode. The choice of the last call also counts where the
+    model itself is called; calls from several threads at once share it, so that they have to take turns.
 
     Linear layers and transformers' `Conv1D` are served. Refused by name, before anything changes: adapters of
     embeddings and convolutions, of experts that see tokens out of their rows, with trained biases (`bias`,
@@ -81,13 +82,9 @@ class MultiLoRA:
         is not there.
         """
         self._check("remove")
-        place = self._place(name, "remove")
-        for layer in self._layers():
-            layer.clear_(place)
-            if layer.empty:
-                layer.remove_()
+        self._vacate(self._place(name, "remove"))
         del self._places[name]
-        self._rows.ids = None
+        self._rows.ids = None  # the last choice may name it
 
     def detach(self) -> nn.Module:
         """Take all adapters out and return the model as it was. This object cannot be used any more."""
@@ -178,7 +175,8 @@ class MultiLoRA:
     # ---- private -------------------------------------------------------------------------------------------------
 
     def _read(self, name: str, directory: str | os.PathLike, action: str) -> Loaded:
-        check_name(name)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{action}: {name!r} is no name for an adapter; it must be a string")
         loaded = read(self.model, directory, action)
         if reason := _why_not(self.model, loaded):
             raise ValueError(f"{action}: {os.fspath(directory)}: {reason}")
@@ -197,16 +195,28 @@ class MultiLoRA:
                 rank, dtype = wanted.get(path, (1, weight.dtype))
                 own = factor_dtype(weight.dtype, adapter.adapter_dtype)
                 wanted[path] = max(rank, adapter.rank), torch.promote_types(dtype, own)
-        for path, (rank, dtype) in wanted.items():
-            layer = self.model.get_submodule(path)
-            if not isinstance(layer, GroupedLike):
-                _class_for(layer).adapt_(layer, self._rows, count, rank, dtype)
-        for layer in self._layers():
-            layer.reserve_(count, 1, layer.lora_a.dtype)
-        for name, each in loaded.items():
-            for path, adapter in each.plan.layers.items():
-                self.model.get_submodule(path).put_(places[name], adapter, each.plan.factors[path])
+        try:
+            for path, (rank, dtype) in wanted.items():
+                layer = self.model.get_submodule(path)
+                if not isinstance(layer, GroupedLike):
+                    _class_for(layer).adapt_(layer, self._rows, count, rank, dtype)
+            for layer in self._layers():
+                layer.reserve_(count, 1, layer.lora_a.dtype)
+            for name, each in loaded.items():
+                for path, adapter in each.plan.layers.items():
+                    self.model.get_submodule(path).put_(places[name], adapter, each.plan.factors[path])
+        except BaseException:
+            for place in places.values():
+                self._vacate(place)
+            raise
         self._places.update(places)
+
+    def _vacate(self, place: int) -> None:
+        """Empty a place everywhere; layers that hold no adapter become plain again."""
+        for layer in self._layers():
+            layer.clear_(place)
+            if layer.empty:
+                layer.remove_()
 
     def _layers(self) -> list[GroupedLike]:
         return [layer for layer in self.model.modules() if isinstance(layer, GroupedLike)]

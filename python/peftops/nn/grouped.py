@@ -63,7 +63,8 @@ class Rows:
         return ids.view(-1, *(1 for _ in shape[1:])).expand(shape)
 
     def _repeats(self, rows: int, shape: torch.Size) -> int:
-        length = self.length if self.length is not None and len(shape) == 1 else 1
+        # Not asked where it does not matter: torch.compile would guard on it.
+        length = self.length if len(shape) == 1 and self.length is not None else 1
         for repeats in (1, self.repeats, length, self.repeats * length):
             if len(shape) > 0 and shape[0] == rows * repeats:
                 return repeats
@@ -112,10 +113,10 @@ class GroupedLike(nn.Module):
             self.lora_ranks[place] = adapter.rank
 
     def clear_(self, place: int) -> None:
-        """Empty one place of the stack: rows that use it get the base layer's output."""
+        """Empty one place of the stack, if it has it: rows that use it get the base layer's output."""
         with torch.no_grad():
             for stacked in (self.lora_a, self.lora_b, self.lora_scales, self.lora_ranks):
-                stacked[place] = 0
+                stacked[place : place + 1] = 0
 
     def reserve_(self, adapters: int, rank: int, dtype: torch.dtype) -> None:
         """Let there be room for so many adapters of up to this rank in this dtype; nothing shrinks."""

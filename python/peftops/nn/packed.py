@@ -12,8 +12,8 @@ MOST_ROWS = 64
 
 
 class PackedWeight:
-    """What :func:`peftops.ops.pack_weight` makes of a weight, made anew once the weight is another one. Copies and files
-    of it are empty and fill themselves when they are used.
+    """What :func:`peftops.ops.pack_weight` makes of a weight, made anew once the weight is another one. Copies and
+    files of it are empty and fill themselves when they are used.
     """
 
     def __init__(self) -> None:
