@@ -1,4 +1,4 @@
-// Numbers of eight AVX-512 registers change places in registers. For files that are compiled per instruction-set level.
+// Transposing within AVX-512 registers. For files that are compiled per instruction-set level.
 #pragma once
 
 #ifdef __AVX512F__
