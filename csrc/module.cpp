@@ -7,7 +7,9 @@
 #include "common/numeric.h"
 #include "common/parallel.h"
 #include "common/philox.h"
-#include "lora/plan.h"
+#include "lora/gemm.h"
+#include "lora/grouped_plan.h"
+#include "lora/multi_plan.h"
 
 namespace py = pybind11;
 
@@ -66,8 +68,82 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("rank_blocks", &lora::GradientPlan::rank_blocks)
       .def_readonly("split", &lora::GradientPlan::split)
       .def_readonly("shared_memory", &lora::GradientPlan::shared_memory);
-  m.def("lora_refuse_shrink", &lora::refuse_shrink, "Why a device cannot run a candidate; None if it can.");
-  m.def("lora_plan_shrink", &lora::plan_shrink);
-  m.def("lora_plan_expand", &lora::plan_expand);
-  m.def("lora_plan_gradient", &lora::plan_gradient);
+  m.def("lora_refuse_shrink", &lora::refuse_shrink, "Why a device cannot run a candidate; None if it can.", py::arg("ranks"),
+        py::arg("down"), py::arg("element_bytes"), py::arg("device"), py::arg("terms") = 1);
+  m.def("lora_plan_shrink", &lora::plan_shrink, py::arg("rows"), py::arg("depth"), py::arg("rank"), py::arg("down"),
+        py::arg("element_bytes"), py::arg("device"), py::arg("terms") = 1);
+  m.def("lora_plan_expand", &lora::plan_expand, py::arg("rows"), py::arg("columns"), py::arg("element_bytes"), py::arg("device"),
+        py::arg("terms") = 1);
+  m.def("lora_plan_gradient", &lora::plan_gradient, py::arg("rows"), py::arg("features"), py::arg("rank"), py::arg("element_bytes"),
+        py::arg("device"), py::arg("terms") = 1);
+
+  m.attr("lora_gemm_tile") = lora::kGemmTile;
+  m.attr("lora_gemm_depth") = lora::kGemmDepth;
+  m.attr("lora_gemm_memory") = lora::kGemmMemory;
+  m.attr("lora_linears") = std::vector<std::string>(std::begin(lora::kLinearNames), std::end(lora::kLinearNames));
+  m.def("lora_refuse_gemm_sm80", &lora::refuse_gemm_sm80, "Why a device cannot make a result of this size; None if it can.");
+  m.def("lora_plan_gemm_sm80", [](int64_t rows, int64_t columns) {
+    const lora::GemmPlan plan = lora::plan_gemm_sm80(rows, columns);
+    return std::pair{plan.row_blocks, plan.column_blocks};
+  });
+  m.def("lora_gemm_block", [](uint32_t index, uint32_t row_blocks, uint32_t column_blocks) {
+    const lora::GemmBlock block = lora::gemm_block(index, row_blocks, column_blocks);
+    return std::pair{block.row, block.column};
+  });
+  m.def(
+      "lora_segment_tiles",
+      [](const std::vector<std::pair<int64_t, bool>>& segments, int64_t tile, bool off) {
+        lora::GemmTask task{};
+        for (const auto& [depth, adapter] : segments)
+          task.segments[task.count].depth = depth, task.segments[task.count++].adapter = adapter;
+        std::vector<std::pair<int, int64_t>> found;
+        for (lora::SegmentTile at = lora::first_tile(task, 0, off); at.segment < task.count; at = lora::next_tile(task, at, tile, off))
+          found.emplace_back(at.segment, at.depth);
+        return found;
+      },
+      "The tiles of a GEMM's contraction: (segment, depth) of each. segments: (depth, adapter).");
+  m.def("lora_plan_linear", [](const std::vector<std::optional<std::string>>& refused, bool whole) {
+    lora::LinearRefusals reasons{};
+    for (int i = 0; i < lora::kLinears; ++i)
+      reasons.of[i] = refused.at(static_cast<size_t>(i)) ? refused[static_cast<size_t>(i)]->c_str() : nullptr;
+    return lora::kLinearNames[static_cast<int>(lora::plan_linear(reasons, whole))];
+  });
+
+  m.attr("grouped_few_tokens") = lora::kFewTokens;
+  m.def("grouped_tile_slots", &lora::tile_slots);
+  m.def("grouped_part_slots", &lora::part_slots);
+  // Candidate, blocks along the grid's axes, lengths of a block's share, shared memory.
+  m.def("grouped_plan_shrink", [](int64_t rows, int64_t depth, int64_t rank, int64_t adapters, bool down, int bytes, peftops::Device on) {
+    const auto plan = lora::plan_grouped_shrink(rows, depth, rank, adapters, down, bytes, on);
+    return std::tuple(lora::kShrinkRanks[plan.candidate], plan.tiles, plan.split.count, plan.rank_blocks, plan.split.length,
+                      plan.shared_memory);
+  });
+  m.def("grouped_plan_expand", [](int64_t rows, int64_t columns, int64_t adapters, int bytes, peftops::Device on) {
+    const auto plan = lora::plan_grouped_expand(rows, columns, adapters, bytes, on);
+    return std::tuple(plan.tiles, plan.column_blocks, plan.columns_per_block, plan.shared_memory);
+  });
+  m.def("grouped_plan_gradient", [](int64_t rows, int64_t features, int64_t rank, int64_t adapters, int bytes, peftops::Device on) {
+    const auto plan = lora::plan_grouped_gradient(rows, features, rank, adapters, bytes, on);
+    return std::tuple(lora::kGradientRanks[plan.candidate], plan.parts, plan.feature_blocks, plan.rank_blocks, plan.rows_per_part,
+                      plan.shared_memory);
+  });
+  m.def("grouped_refuse_few", &lora::refuse_few);
+  m.def("grouped_plan_few_shrink", [](int64_t rows, int64_t depth, int64_t rank, int64_t adapters, peftops::Device on) {
+    const auto plan = lora::plan_few_shrink(rows, depth, rank, adapters, on);
+    return std::tuple(lora::kFewRanks[plan.candidate], plan.tiles, plan.split.count, plan.rank_blocks, plan.split.length,
+                      plan.shared_memory);
+  });
+  m.def("grouped_plan_few_expand", [](int64_t rows, int64_t columns, int64_t rank, int64_t adapters) {
+    const auto plan = lora::plan_few_expand(rows, columns, rank, adapters);
+    return std::tuple(lora::kFewRanks[plan.candidate], plan.tiles, plan.column_blocks, plan.shared_memory);
+  });
+  m.def("multi_sharing", &lora::sharing);
+  m.def("multi_refuse", &lora::refuse_multi);
+  m.def("multi_refuse_expand", &lora::refuse_multi_expand);
+  m.def("multi_expand_memory", &lora::multi_expand_memory);
+  m.def("multi_plan_shrink", [](int64_t rows, int64_t depth, int64_t ranks, peftops::Device on) {
+    const auto plan = lora::plan_multi_shrink(rows, depth, ranks, on);
+    return std::tuple(lora::kShrinkRanks[plan.candidate], plan.row_blocks, plan.split.count, plan.rank_blocks, plan.split.length,
+                      plan.shared_memory);
+  });
 }

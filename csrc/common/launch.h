@@ -36,6 +36,7 @@ class Launcher {
   }
 
   const Device& device() const { return device_; }
+  const char* op() const { return op_; }
 
   // Every kernel takes one struct.
   template <class Task>

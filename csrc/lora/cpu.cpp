@@ -43,9 +43,8 @@ Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optiona
   const double factor = value_of(scale, tensor_scale);
   const int64_t rows = rows_of(x);
   const Kernels& kernels = level_kernels().find(storage_of(x), storage_of(lora_a));
-  const bool few = rows <= few_rows(kernels.arithmetic == Arithmetic::dot) && dropout_p == 0.0 && factor != 0.0;
-  if (!few || (features > 1 && weight.stride(1) != 1))
-    return std::get<0>(forward(problem, x, weight, bias, lora_a, lora_b, factor, dropout_p, seed));
+  const bool small = rows <= kSmallRows && dropout_p == 0.0 && factor != 0.0 && (features <= 1 || weight.stride(1) == 1);
+  if (!small) return std::get<0>(forward(problem, x, weight, bias, lora_a, lora_b, factor, dropout_p, seed));
 
   const Tensor pieces = by_piece(as_contiguous(x), rows, features), b = with_unit_stride(lora_b);
   const Tensor s = few_row_sums(pieces, rows, lora_a, factor);

@@ -219,13 +219,13 @@ class Call {
 // Contiguous rows for the few-row kernel, kSmallRows at a time, each time piece by piece: whole rows are often a power of two apart and
 // would meet in the same lines of the cache.
 inline Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
-  if (small_piece(rows, features) >= features) return x;
   const int64_t size = static_cast<int64_t>(x.element_size());
+  if (small_piece(rows, features, size) >= features) return x;
   Tensor pieces = empty_on(x, x.scalar_type(), rows, features);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(pieces.mutable_data_ptr());
   for (int64_t row = 0; row < rows; row += kSmallRows) {
-    const int64_t end = min_of(row + kSmallRows, rows), piece = small_piece(end - row, features);
+    const int64_t end = min_of(row + kSmallRows, rows), piece = small_piece(end - row, features, size);
     for (int64_t k = 0; k < features; k += piece) {
       const int64_t bytes = min_of(piece, features - k) * size;
       for (int64_t i = row; i < end; ++i, to += bytes) std::memcpy(to, from + (i * features + k) * size, static_cast<size_t>(bytes));
@@ -234,8 +234,8 @@ inline Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
   return pieces;
 }
 
-// Tasks of the few-row kernel that are worth a thread: about 2^15 products.
-inline int64_t small_grain(int64_t rows, int64_t products) { return ceil_div(1 << 15, kSmallBlock * (rows * products + 1)); }
+// Tasks of the few-row kernel that are worth a thread: about 2^17 products.
+inline int64_t small_grain(int64_t rows, int64_t products) { return ceil_div(1 << 17, kSmallBlock * (rows * products + 1)); }
 
 // S = factor * x A^T by the few-row kernel; x from by_piece.
 inline Tensor few_row_sums(const Tensor& pieces, int64_t rows, const Tensor& lora_a, double factor) {

@@ -9,16 +9,13 @@ namespace peftops::lora::packed {
 namespace {
 
 const LevelKernels& level_kernels() {
-  static const LevelKernels& kernels = [&]() -> const LevelKernels& {
-    switch (cpu_level()) {
+  switch (cpu_level()) {
 #ifdef PEFTOPS_X86
-      case CpuLevel::avx512: return kernels_avx512();
-      case CpuLevel::avx2: return kernels_avx2();
+    case CpuLevel::avx512: return kernels_avx512();
+    case CpuLevel::avx2: return kernels_avx2();
 #endif
-      default: return kernels_baseline();
-    }
-  }();
-  return kernels;
+    default: return kernels_baseline();
+  }
 }
 
 Strided strided(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
@@ -69,9 +66,9 @@ Tensor lora_linear_packed(Tensor x, Tensor packed, std::optional<Tensor> bias, T
     task.b = strided(lora_b), task.packed_b = packed_b.mutable_data_ptr();
     task.lora = {s_strips.const_data_ptr(), task.packed_b, rank_steps};
   }
-  // About 2^15 products are worth a thread.
+  // About 2^17 products are worth a thread.
   const int64_t width = kernels.group * kPackedLanes;
-  spread(ceil_div(columns, width), ceil_div(1 << 15, width * (rows * (features + rank) + 1)),
+  spread(ceil_div(columns, width), ceil_div(1 << 17, width * (rows * (features + rank) + 1)),
          [&](int64_t begin, int64_t end) { kernels.linear(task, begin, end); });
   return reshaped_like(y, x, columns);
 }

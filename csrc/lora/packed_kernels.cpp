@@ -5,6 +5,7 @@
 #include "packed_kernels.h"
 
 #include "../common/simd.h"
+#include "../common/transpose.h"
 #include "plan.h"
 
 namespace peftops::lora::packed {
@@ -62,11 +63,7 @@ struct Dot {
   static constexpr int64_t lanes = 16;
 
   static Operand operand(const bfloat16* from) { return _mm512_loadu_si512(from); }
-  static Operand broadcast(Element x) {
-    Operand pair = _mm512_set1_epi32(static_cast<int>(x));
-    asm("" : "+v"(pair));  // taken from memory inside the product it is slower
-    return pair;
-  }
+  static Operand broadcast(Element x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static Vector<float> add_product(Vector<float> sum, Operand w, Operand x) {
     return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
   }
@@ -156,36 +153,6 @@ void add_segment(const Segment& segment, const void* weight, int64_t row, int64_
 }
 
 #ifdef __AVX512F__
-// Where the numbers of two registers, one after the other, come from when a bit of the register's place changes places with a bit of the
-// lane: `low` for the register whose bit is clear.
-template <class Number>
-struct Swap {
-  alignas(64) Number low[64 / sizeof(Number)], high[64 / sizeof(Number)];
-
-  constexpr explicit Swap(Number bit) : low(), high() {
-    constexpr Number lanes = 64 / sizeof(Number);
-    for (Number lane = 0; lane < lanes; ++lane) {
-      low[lane] = lane & bit ? lanes + (lane ^ bit) : lane;
-      high[lane] = lane & bit ? lanes + lane : lane ^ bit;
-    }
-  }
-};
-
-// Eight registers and the last three bits of the lane change places.
-template <class Number>
-inline void transpose(__m512i (&v)[8]) {
-  static constexpr Swap<Number> swaps[3] = {Swap<Number>(1), Swap<Number>(2), Swap<Number>(4)};
-  for (int b = 0; b < 3; ++b) {
-    const __m512i low = _mm512_load_si512(swaps[b].low), high = _mm512_load_si512(swaps[b].high);
-    for (int i = 0; i < 8; ++i) {
-      if (i >> b & 1) continue;
-      const __m512i first = v[i], second = v[i | 1 << b];
-      v[i] = sizeof(Number) == 4 ? _mm512_permutex2var_epi32(first, low, second) : _mm512_permutex2var_epi64(first, low, second);
-      v[i | 1 << b] = sizeof(Number) == 4 ? _mm512_permutex2var_epi32(first, high, second) : _mm512_permutex2var_epi64(first, high, second);
-    }
-  }
-}
-
 // Eight pairs of sixteen rows.
 template <class T>
 inline void pack_eight_pairs(const T* from, int64_t row_stride, T* to) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -31,9 +32,13 @@ def observe_lora(
     tensor_scale: bool = False,
     layout: str = "contiguous",
     gradients: str = "",
+    forced: str = "",
     **where: Any,
 ) -> dict:
-    """One call of lora_linear, and the named gradients. layout: of x and of the upstream gradient."""
+    """One call of lora_linear, and the named gradients.
+
+    layout: of x and of the upstream gradient. forced: the plan that PEFTOPS_FORCE_PLAN names.
+    """
 
     def call(device: str):
         def empty(*shape, dtype=dtype):
@@ -59,8 +64,13 @@ def observe_lora(
         seed = empty(1, dtype="int64") if dropout_p else None
 
         def run() -> list:
-            y = lora_linear(*tensors.values(), scale, dropout_p, seed)
-            return [y, *(torch.autograd.grad(y, leaves, upstream) if leaves else ())]
+            if forced:
+                os.environ["PEFTOPS_FORCE_PLAN"] = forced
+            try:
+                y = lora_linear(*tensors.values(), scale, dropout_p, seed)
+                return [y, *(torch.autograd.grad(y, leaves, upstream) if leaves else ())]
+            finally:
+                os.environ.pop("PEFTOPS_FORCE_PLAN", None)
 
         return run
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 ARGUMENT_BYTES = 1024
-TASK_BYTES = 256  # of the argument, enough for the struct of any kernel
+TASK_BYTES = 512  # of the argument, enough for the struct of any kernel
 STREAM, OTHER_STREAM = 0x77, 0x99  # of the device of a call, of other devices
 LAUNCHES = ("<<<>>>", "cudaLaunchKernel", "cudaLaunchKernelExC")
 ALLOWED = (*LAUNCHES, "cudaSetDevice", "cudaFuncSetAttribute")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.build.conftest import ROOT
 from tests.build.kernels import ptx_kernels, short_names
-from tests.device import standin
+from tests.device import families, standin
 from tests.device.recording import ALLOWED, GPUS, LAUNCHES, STREAM
 
 CUDA_LIBRARY = ROOT / "python" / "peftops" / "lib" / "libpeftops_cuda.so"
@@ -91,8 +91,16 @@ def walks(launch: dict) -> list[tuple[str, int, int, int]]:
         ]
     if kernel == "expand":
         return [("rows", task["rows"], tile, x), ("columns", task["columns"], task["columns_per_block"], y)]
+    if kernel == "operand":
+        return [("rows", task["rows"], tile, x)]
+    if kernel == "factor_operand":  # in y, each block goes on until nothing is left
+        return [("columns", task["whole_columns"], tile, x)]
+    if kernel == "gemm":
+        each = tasks().lora_gemm_tile()
+        tiles = -(-task["rows"] // each) * -(-task["columns"] // each)
+        return [("tiles", tiles, 1, x)]
     if kernel == "gradient":
-        on_tensor_cores = options[0] == options[1] != "float"
+        on_tensor_cores = options[0] == options[1] != "float" or options[:2] == ["bfloat16", "float"]
         return [
             ("features", task["features"], 2 * tile if on_tensor_cores else tile, x),
             ("rows", task["rows"], task["rows_per_split"], y),
@@ -105,6 +113,8 @@ def walks(launch: dict) -> list[tuple[str, int, int, int]]:
         return []
     if kernel == "fill":
         return [("elements", task["count"], 256, x)]
+    if kernel in families.WALKS:
+        return families.WALKS[kernel](task, tile, launch["grid"], options)
     raise AssertionError(f"say in walks() what the blocks of {kernel} do")
 
 
@@ -187,7 +197,7 @@ def check_results(seen, *, rows, features, out_features, rank, dtype="bfloat16",
     assert seen["results"] == wanted
 
 
-def check_sizes(seen, *, rows, features, out_features, rank, **_):
+def check_sizes(seen, *, rows, features, out_features, rank, factor_dtype=None, **_):
     """Kernels are told the sizes of the problem, all 64 bits of them."""
     for launch in launches(seen):
         task, kernel = fields(launch), short_name(launch["kernel"])
@@ -197,6 +207,17 @@ def check_sizes(seen, *, rows, features, out_features, rank, **_):
             assert (task["rows"], task["rank"]) == (rows, rank) and task["columns"] in (features, out_features)
         elif "gradient" in kernel:
             assert (task["rows"], task["rank"]) == (rows, rank) and task["features"] in (features, out_features)
+        elif "factor_operand" in kernel:
+            assert {task["lines"], task["columns"]} <= {features, out_features, rank}
+        elif "operand" in kernel:
+            assert (task["rows"], task["stride"]) == (rows, -(-rank // 8) * 8)
+        elif "gemm" in kernel:
+            first, second = task["depth0"], task["depth1"]
+            base, low_rank = (second, first) if task["adapter0"] else (first, second)
+            ranks = 3 * -(-rank // 8) * 8 if factor_dtype == "float32" else rank
+            assert task["rows"] == rows and low_rank == ranks and task["count"] == 2
+            assert (base, task["columns"]) in ((features, out_features), (out_features, features))
+            assert task["adapter0"] + task["adapter1"] == 1 and task["masked"] == task["adapter0"]
 
 
 DTYPES = [
@@ -216,6 +237,49 @@ def test_launches_are_legal_on_every_gpu_and_dtype(lora, gpu, dtype, factor_dtyp
             seen = lora(gpu=gpu, dtype=dtype, factor_dtype=factor_dtype, rank=rank, dropout_p=dropout_p)
             kernels = " ".join(short_name(launch["kernel"]) for launch in launches(seen))
             assert all(name in kernels for name in ("shrink", "expand", "gradient"))
+
+
+HALVES = [("bfloat16", None), ("float16", None), ("bfloat16", "float32")]
+
+
+def kernels_of(seen: dict) -> list[str]:
+    """The names of what was launched, without options."""
+    return [re.sub(r"<.*|.*::", "", short_name(launch["kernel"]).partition("<")[0]) for launch in launches(seen)]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), HALVES)
+def test_a_forced_gemm_takes_the_place_of_both_up_projections(lora, gpu, dtype, factor_dtype):
+    for rank in (1, 8, 17, 200):
+        for dropout_p in (0.0, 0.5):
+            seen = lora(
+                gpu=gpu, dtype=dtype, factor_dtype=factor_dtype, rank=rank, dropout_p=dropout_p, forced="gemm_sm80"
+            )
+            kernels = kernels_of(seen)
+            assert kernels.count("gemm") == kernels.count("operand") == 2 and "expand" not in kernels
+            assert kernels.count("factor_operand") == (2 if factor_dtype else 0)
+
+
+def test_a_forced_gemm_is_legal_for_every_layout(lora):
+    for layout in ("contiguous", "sliced", "unaligned", "transposed", "expanded"):
+        for rows, features, rank in ((1, 193, 9), (3000, 192, 16)):
+            lora(rows=rows, features=features, rank=rank, layout=layout, dropout_p=0.5, forced="gemm_sm80")
+    for size in (INT32 - 1, INT32 + 1, MANY):
+        for axis in ("rows", "features", "out_features"):
+            lora(**({"rows": 3, "features": 24, "out_features": 16, "rank": 8, "forced": "gemm_sm80"} | {axis: size}))
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype"), [case for case in DTYPES if case not in HALVES])
+def test_a_plan_that_cannot_be_run_is_not_forced(lora, dtype, factor_dtype):
+    kernels = kernels_of(lora(dtype=dtype, factor_dtype=factor_dtype, forced="gemm_sm80"))
+    assert "gemm" not in kernels and kernels.count("expand") == 2
+
+
+def test_the_vendor_is_a_plan_and_an_unknown_one_is_an_error(lora):
+    assert "gemm" not in kernels_of(lora(forced="vendor"))
+    message = r"lora_linear: PEFTOPS_FORCE_PLAN is 'cutlass', but must be one of vendor, gemm_sm80"
+    with pytest.raises(standin.Failed, match=message):
+        lora(forced="cutlass")
 
 
 @pytest.mark.parametrize("current", [0, 1])

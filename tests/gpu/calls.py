@@ -14,6 +14,7 @@ from peftops.testing.samples import (
     bind,
     call_grouped,
     carrying,
+    clone_layout,
     floating,
     fresh,
     is_scale,
@@ -95,16 +96,31 @@ def assert_expected(results: tuple, expected: tuple, what: str) -> None:
 
 
 def variants(contract: Contract, sample: Sample, seed: int) -> Iterator[tuple[str, ExactCall]]:
-    """The same call, then with everything changed that may change in place: values, dropout seed, scale 0, and back."""
+    """The same call, then with all changed that may change in place: values, dropout seed, ids, scale 0, and back."""
     bound = bind(contract, sample)
     yield "first", ExactCall(contract, sample, seed)
     yield "other values", ExactCall(contract, sample, seed + 1)
     for name, tensor in tensors(bound).items():
         if name in ("seed", "seeds"):
             yield "another dropout seed", ExactCall(contract, _with(bound, name, tensor ^ 0x5DEECE66D, sample), seed)
+        if name == "adapter_ids":
+            for what, ids in assignments(tensor, len(bound["scales"])):
+                yield what, ExactCall(contract, _with(bound, name, ids, sample), seed)
         if is_scale(name, tensor) and tensor.is_floating_point():
             yield f"{name} 0", ExactCall(contract, _with(bound, name, torch.zeros_like(tensor), sample), seed)
     yield "back", ExactCall(contract, sample, seed)
+
+
+def assignments(ids: torch.Tensor, adapters: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Other ids of the same tokens in the same layout, with more and with fewer groups of them."""
+    if 0 in ids.stride():
+        return
+    tokens = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    every = {"no adapters": torch.full_like(tokens, -1)}
+    if adapters:
+        every |= {"one adapter": torch.full_like(tokens, adapters - 1), "every adapter": tokens % adapters}
+    for what, values in every.items():
+        yield what, clone_layout(ids).copy_(values)
 
 
 def _with(bound: Bound, name: str, tensor: torch.Tensor, sample: Sample) -> Sample:

@@ -17,13 +17,13 @@ from peftops.testing.tolerance import assert_law, oracle
 from peftops.testing.values import forward_of, results_of
 from torch.utils.checkpoint import checkpoint
 
-from tests.gpu import lora, modules
+from tests.gpu import grouped, lora, modules, multi
 from tests.gpu.calls import ExactCall, assert_expected, every, exact_samples, short, variants
 from tests.gpu.device import Cuda, Rehearsal
 from tests.gpu.runner import Case, Skipped
 
 #: The operator families with calls of their own for a GPU.
-FAMILIES = (lora,)
+FAMILIES = (lora, grouped, multi)
 REPEATS = 200
 
 

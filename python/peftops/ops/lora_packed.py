@@ -204,8 +204,8 @@ def _pack_errors(device) -> Iterator[ErrorSample]:
 
 
 def _errors(device) -> Iterator[ErrorSample]:
-    x, packed, bias = (torch.zeros(*s, device=device) for s in ((3, 4), (1, 2, 16, 2), (5,)))
-    a, b, scale = (torch.zeros(*s, device=device) for s in ((2, 4), (5, 2), ()))
+    x, packed, bias = (torch.zeros(s, device=device) for s in ((3, 4), (1, 2, 16, 2), (5,)))
+    a, b, scale = (torch.zeros(s, device=device) for s in ((2, 4), (5, 2), ()))
     good = dict(x=x, packed=packed, bias=bias, lora_a=a, lora_b=b, scale=scale, out_features=5)
     expected = (
         r"packed must be what pack_weight returned for \[{}, {}\], \[{}, {}, 16, 2\], but has shape \[1, 2, 16, 2\]"
