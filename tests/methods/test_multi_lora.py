@@ -468,7 +468,6 @@ def test_other_adapters_recompile_nothing(llamas, gradients):
             if gradients:
                 assert distance(*(torch.autograd.grad(r.square().sum(), x)[0] for r in results)) < 1e-5
         assert len(graphs) == 1
-        torch._dynamo.mark_dynamic(longer := torch.randn(2, 9, 16, requires_grad=gradients), [0, 1])
         for length in (9, 8, 6):  # other numbers of rows and tokens: once more, with sizes that are not fixed
-            multi(inputs_embeds=longer[:, :length].contiguous(), adapters=["a", "b"])
+            multi(inputs_embeds=torch.randn(2, length, 16, requires_grad=gradients), adapters=["a", "b"])
     assert len(graphs) == 2
