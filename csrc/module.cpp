@@ -8,6 +8,8 @@
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "lora/gemm.h"
+#include "lora/grouped_plan.h"
+#include "lora/multi_plan.h"
 
 namespace py = pybind11;
 
@@ -105,5 +107,43 @@ PYBIND11_MODULE(_C, m) {
     for (int i = 0; i < lora::kLinears; ++i)
       reasons.of[i] = refused.at(static_cast<size_t>(i)) ? refused[static_cast<size_t>(i)]->c_str() : nullptr;
     return lora::kLinearNames[static_cast<int>(lora::plan_linear(reasons, whole))];
+  });
+
+  m.attr("grouped_few_tokens") = lora::kFewTokens;
+  m.def("grouped_tile_slots", &lora::tile_slots);
+  m.def("grouped_part_slots", &lora::part_slots);
+  // Candidate, blocks along the grid's axes, lengths of a block's share, shared memory.
+  m.def("grouped_plan_shrink", [](int64_t rows, int64_t depth, int64_t rank, int64_t adapters, bool down, int bytes, peftops::Device on) {
+    const auto plan = lora::plan_grouped_shrink(rows, depth, rank, adapters, down, bytes, on);
+    return std::tuple(lora::kShrinkRanks[plan.candidate], plan.tiles, plan.split.count, plan.rank_blocks, plan.split.length,
+                      plan.shared_memory);
+  });
+  m.def("grouped_plan_expand", [](int64_t rows, int64_t columns, int64_t adapters, int bytes, peftops::Device on) {
+    const auto plan = lora::plan_grouped_expand(rows, columns, adapters, bytes, on);
+    return std::tuple(plan.tiles, plan.column_blocks, plan.columns_per_block, plan.shared_memory);
+  });
+  m.def("grouped_plan_gradient", [](int64_t rows, int64_t features, int64_t rank, int64_t adapters, int bytes, peftops::Device on) {
+    const auto plan = lora::plan_grouped_gradient(rows, features, rank, adapters, bytes, on);
+    return std::tuple(lora::kGradientRanks[plan.candidate], plan.parts, plan.feature_blocks, plan.rank_blocks, plan.rows_per_part,
+                      plan.shared_memory);
+  });
+  m.def("grouped_refuse_few", &lora::refuse_few);
+  m.def("grouped_plan_few_shrink", [](int64_t rows, int64_t depth, int64_t rank, int64_t adapters, peftops::Device on) {
+    const auto plan = lora::plan_few_shrink(rows, depth, rank, adapters, on);
+    return std::tuple(lora::kFewRanks[plan.candidate], plan.tiles, plan.split.count, plan.rank_blocks, plan.split.length,
+                      plan.shared_memory);
+  });
+  m.def("grouped_plan_few_expand", [](int64_t rows, int64_t columns, int64_t rank, int64_t adapters) {
+    const auto plan = lora::plan_few_expand(rows, columns, rank, adapters);
+    return std::tuple(lora::kFewRanks[plan.candidate], plan.tiles, plan.column_blocks, plan.shared_memory);
+  });
+  m.def("multi_sharing", &lora::sharing);
+  m.def("multi_refuse", &lora::refuse_multi);
+  m.def("multi_refuse_expand", &lora::refuse_multi_expand);
+  m.def("multi_expand_memory", &lora::multi_expand_memory);
+  m.def("multi_plan_shrink", [](int64_t rows, int64_t depth, int64_t ranks, peftops::Device on) {
+    const auto plan = lora::plan_multi_shrink(rows, depth, ranks, on);
+    return std::tuple(lora::kShrinkRanks[plan.candidate], plan.row_blocks, plan.split.count, plan.rank_blocks, plan.split.length,
+                      plan.shared_memory);
   });
 }

@@ -1,28 +1,11 @@
 // LoRA on the CPU: checks, plan and registration. cpu_call.h has the passes, cpu_kernels.cpp the arithmetic.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-
 #include "../common/philox.h"
 #include "cpu_call.h"
 
 namespace peftops::lora {
 namespace {
-
-// x for the few-row kernel, piece by piece: whole rows are often a power of two apart and would meet in the same lines of the cache.
-Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
-  const int64_t piece = small_piece(rows, features);
-  if (piece >= features) return x;
-  const int64_t size = static_cast<int64_t>(x.element_size());
-  Tensor pieces = empty_on(x, x.scalar_type(), rows, features);
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(pieces.mutable_data_ptr());
-  for (int64_t k = 0; k < features; k += piece) {
-    const int64_t bytes = min_of(piece, features - k) * size;
-    for (int64_t i = 0; i < rows; ++i, to += bytes) std::memcpy(to, from + (i * features + k) * size, static_cast<size_t>(bytes));
-  }
-  return pieces;
-}
 
 // Y = x W^T + bias by the vendor's GEMM, and beside it S and the mask where there is an adapter.
 std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -30,16 +13,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
                                            const std::optional<Tensor>& seed) {
   const auto& [features, out_features, rank] = problem;
   const int64_t rows = rows_of(x);
-  const Tensor y = base_product(x, weight, bias);
   const bool drops = dropout_p > 0.0;
   if (scale == 0.0)
-    return {y, zeros_on(x, accumulator_of(x), rows, rank),
+    return {base_product(x, weight, bias), zeros_on(x, accumulator_of(x), rows, rank),
             drops ? zeros_on(x, ScalarType::Byte, rows, ceil_div(features, 8)) : empty_on(x, ScalarType::Byte, 0)};
   Tensor mask = drops ? empty_on(x, ScalarType::Byte, rows, ceil_div(features, 8)) : empty_on(x, ScalarType::Byte, 0);
   Call call(x, lora_a);
   const uint64_t key = drops ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
   const Tensor s =
       call.project(Rows(x, features), lora_a, scale / (1.0 - dropout_p), drops, key, dropout_threshold(dropout_p), mask_of(mask));
+  // S before Y: what the up-projection adds to Y meets it while Y is still in a cache.
+  const Tensor y = base_product(x, weight, bias);
   call.expand(y, out_features, s, transposed(matrix_of(lora_b)), Mask{nullptr, 0});
   return {y, s, mask};
 }
@@ -58,33 +42,22 @@ Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optiona
   const auto& [features, out_features, rank] = problem;
   const double factor = value_of(scale, tensor_scale);
   const int64_t rows = rows_of(x);
+  const Kernels& kernels = level_kernels().find(storage_of(x), storage_of(lora_a));
   const bool small = rows <= kSmallRows && dropout_p == 0.0 && factor != 0.0 && (features <= 1 || weight.stride(1) == 1);
   if (!small) return std::get<0>(forward(problem, x, weight, bias, lora_a, lora_b, factor, dropout_p, seed));
 
-  const Kernels& kernels = level_kernels().find(storage_of(x), storage_of(lora_a));
-  const Tensor tokens = by_piece(as_contiguous(x), rows, features);
-  const Tensor a = with_unit_stride(lora_a), b = with_unit_stride(lora_b);
-  Tensor s = empty_on(x, accumulator_of(x), rows, rank);
+  const Tensor pieces = by_piece(as_contiguous(x), rows, features), b = with_unit_stride(lora_b);
+  const Tensor s = few_row_sums(pieces, rows, lora_a, factor);
   Tensor y = empty_on(x, x.scalar_type(), rows, out_features);
-  // About 2^15 products are worth a thread.
-  const auto grain = [&](int64_t products) { return ceil_div(1 << 15, kSmallBlock * (rows * products + 1)); };
-
-  SmallTask down{};
-  down.x = tokens.const_data_ptr(), down.weight = a.const_data_ptr();
-  down.rows = rows, down.features = features, down.out_features = rank, down.weight_stride = a.stride(0);
-  down.factor = factor;
-  down.y = s.mutable_data_ptr();
-  spread(ceil_div(rank, kSmallBlock), grain(features), [&](int64_t begin, int64_t end) { kernels.small_project(down, begin, end); });
-
   SmallTask task{};
-  task.x = tokens.const_data_ptr(), task.weight = weight.const_data_ptr();
+  task.x = pieces.const_data_ptr(), task.weight = weight.const_data_ptr();
   task.rows = rows, task.features = features, task.out_features = out_features, task.weight_stride = weight.stride(0);
   task.factor = 1.0;
   const Tensor dense_bias = bias ? as_contiguous(*bias) : Tensor();
   if (bias) task.bias = dense_bias.const_data_ptr();
   task.s = s.const_data_ptr(), task.b = b.const_data_ptr(), task.rank = rank, task.b_stride = b.stride(0);
   task.y = y.mutable_data_ptr();
-  spread(ceil_div(out_features, kSmallBlock), grain(features + rank),
+  spread(ceil_div(out_features, kSmallBlock), small_grain(rows, features + rank),
          [&](int64_t begin, int64_t end) { kernels.small_linear(task, begin, end); });
   return reshaped_like(y, x, out_features);
 }
@@ -107,7 +80,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
       check_backward(grad, x, weight, lora_a, lora_b, tensor_scale, dropout_p, s, mask, need_weight || need_a);
   const Rows g(grad, out_features);
   const std::optional<Rows> tokens = x ? std::optional<Rows>(std::in_place, *x, features) : std::nullopt;
-  auto [grad_x, grad_weight, grad_bias] = base_gradients(g, weight, tokens, need_x, need_weight, need_bias);
   Tensor grad_a, grad_b;
   const int64_t rows = g.rows;
   const bool drops = dropout_p > 0.0;
@@ -117,15 +89,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
   const bool zero = factor == 0.0 || rows == 0;
   if (need_a) grad_a = zero ? zeros_on(lora_a, type, rank, features) : empty_on(lora_a, type, rank, features);
   if (need_b) grad_b = zero ? zeros_on(lora_b, type, out_features, rank) : empty_on(lora_b, type, out_features, rank);
-  if (!zero && (need_x || need_a || need_b)) {
-    Call call(grad, lora_a);
-    const Tensor sums = as_contiguous(s), bits = as_contiguous(mask);
-    const Mask kept = drops ? mask_of(bits) : Mask{nullptr, 0};
+  const bool passes = !zero && (need_x || need_a || need_b);
+  std::optional<Call> call;
+  std::optional<Tensor> grad_s;
+  if (passes) {
+    call.emplace(grad, lora_a);
+    const Tensor sums = as_contiguous(s);
     const Matrix b = matrix_of(lora_b);
-    const std::optional<Tensor> grad_s = call.gradient(g, need_b ? &sums : nullptr, need_b ? &grad_b : nullptr, rank, 1, rank,
-                                                       need_x || need_a ? &b : nullptr, factor, Mask{nullptr, 0});
-    if (need_a) call.gradient(*tokens, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
-    if (need_x) call.expand(grad_x, features, *grad_s, matrix_of(lora_a), kept);
+    grad_s = call->gradient(g, need_b ? &sums : nullptr, need_b ? &grad_b : nullptr, rank, 1, rank, need_x || need_a ? &b : nullptr, factor,
+                            Mask{nullptr, 0});
+  }
+  // dS before dX, and dA after it: what the up-projection adds to dX meets it while dX is still in a cache.
+  auto [grad_x, grad_weight, grad_bias] = base_gradients(g, weight, tokens, need_x, need_weight, need_bias);
+  if (passes) {
+    const Tensor bits = as_contiguous(mask);
+    const Mask kept = drops ? mask_of(bits) : Mask{nullptr, 0};
+    if (need_x) call->expand(grad_x, features, *grad_s, matrix_of(lora_a), kept);
+    if (need_a) call->gradient(*tokens, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
   }
   return backward_results(grad, features, {grad_x, grad_weight, grad_bias, grad_a, grad_b});
 }
@@ -149,6 +129,11 @@ Tensor lora_dropout_mask(Tensor seed, int64_t rows, int64_t cols, double p) {
 }
 
 }  // namespace
+
+Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
+                     double scale) {
+  return lora_linear_any(x, weight, bias, lora_a, lora_b, scale, std::nullopt, 0.0, std::nullopt);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_linear));

@@ -18,11 +18,21 @@ constexpr int64_t kRankBlock = 64;      // ranks summed at a time
 constexpr int64_t kExpandColumns = 1024;  // features per up-projection task
 constexpr int64_t kSmallRows = 16;      // up to here, without grad, our own kernel makes the base product as well
 constexpr int64_t kSmallBlock = 8;      // weight rows per step of that kernel
-constexpr int64_t kSmallPiece = 1024;    // features per step of that kernel, for more than four rows
+constexpr int64_t kSmallPiece = 1536;    // bytes of a row per step of that kernel, for more than four rows
 
-// Features per step of the few-row kernel. More than four tokens go over a weight row several times, so they go piece by piece: eight
-// weight rows of a piece fit the first cache. Four or fewer go over it once.
-inline int64_t small_piece(int64_t rows, int64_t features) { return rows <= 4 ? features : kSmallPiece; }
+// A packed weight (packed_kernels.h).
+constexpr int64_t kPackedLanes = 16;                // weight rows side by side: a block
+constexpr int64_t kPackedStep = 2 * kPackedLanes;   // numbers of a block that lie together
+constexpr int64_t kPackedRows = 64;                 // rows that share a piece of the weight while it is in the first cache
+constexpr int64_t kPackedPiece = 8192;              // bytes of such a piece of a block
+constexpr int64_t kPackedAhead = 2048;              // bytes: how far ahead of its use the weight is asked for
+constexpr int64_t kPackedChunk = 256;               // steps of x that a task lays out in strips
+
+// Features per step of the few-row kernel. More than four tokens go over a weight row several times, so they go piece by piece: a piece
+// of eight weight rows and sixteen tokens fits the first cache. Four or fewer go over it once.
+inline int64_t small_piece(int64_t rows, int64_t features, int64_t element_bytes) {
+  return rows <= 4 ? features : kSmallPiece / element_bytes;
+}
 
 // Width of the column panels of the gradient pass: about 16 panels, so that many threads have work, but no narrower than 128,
 // because each panel writes a partial [rows, rank] sum.

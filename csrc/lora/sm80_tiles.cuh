@@ -304,8 +304,9 @@ PEFTOPS_DEVICE void multiply(Sums<kTiles>& sums, const E* a, int first, const E*
             const float4 column = four<kBDown>(b, 8 * tile + 2 * (lane() % 4) + j, k);
             float& above = sums.value[tile][j];
             float& below = sums.value[tile][j + 2];
-            above = fmaf(low.w, column.w, fmaf(low.z, column.z, fmaf(low.y, column.y, fmaf(low.x, column.x, above))));
-            below = fmaf(high.w, column.w, fmaf(high.z, column.z, fmaf(high.y, column.y, fmaf(high.x, column.x, below))));
+            // Four products on their own: a chain of all would round each of them at the size of the sum.
+            above += fmaf(low.w, column.w, fmaf(low.z, column.z, fmaf(low.y, column.y, low.x * column.x)));
+            below += fmaf(high.w, column.w, fmaf(high.z, column.z, fmaf(high.y, column.y, high.x * column.x)));
           }
       }
     }

@@ -71,6 +71,13 @@ RULES = (
     Rule(r"lora::sm80::(shrink|expand|gradient)<(float16|float),float,.*>", tensor_cores=False, wide=True),
     Rule(r"lora::sm80::gemm<\w+,(true|false)>", tensor_cores=True, wide=True),
     Rule(r"lora::sm80::operand<\w+,\w+>", tensor_cores=False, wide=True),
+    Rule(r"lora::sm80::grouped_(shrink|expand|gradient)<(bfloat16|float16),\2,.*>", tensor_cores=True, wide=True),
+    Rule(r"lora::sm80::grouped_(shrink|expand|gradient)<\w+,float,.*>", tensor_cores=False, wide=True),
+    # For 16-bit types alone.
+    Rule(r"lora::sm80::(grouped_(shrink|expand)_few|multi_(shrink|expand))<.*>", tensor_cores=True, wide=True),
+    # Integers: no product is made.
+    Rule(r"lora::sm80::(group_tokens|group_few_tokens|list_tiles)<int>", tensor_cores=False, wide=False),
+    Rule(r"lora::sm80::grouped_finish<\w+>", tensor_cores=False, wide=False),
     # One number or eight flags a thread, or a factor at any address: a small part of the traffic.
     Rule(r"lora::sm80::(finish<\w+>|dropout_mask<bool>|factor_operand<float>)", tensor_cores=False, wide=False),
 )

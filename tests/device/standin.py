@@ -125,7 +125,9 @@ def emulated() -> Path:
     """peftops' CUDA library, compiled by the C++ compiler for the emulator."""
     headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), HERE / "prelude.h"]
     rooms = sorted({path.parent for path in CSRC.rglob("*.cu")})
-    sources = [source for room in rooms for source in (room / f"{room.name}.cpp", *sorted(room.glob("*.cu")))]
+    checks = re.compile(r"(?<!kernels)(?<!cpu)\.cpp$")
+    files = [file for room in rooms for file in sorted(room.iterdir())]
+    sources = [file for file in files if checks.search(file.name) or file.suffix == ".cu"]
     return emulated_library("libpeftops_emulated.so", sources, headers)
 
 

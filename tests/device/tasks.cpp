@@ -3,6 +3,8 @@
 #include <string>
 
 #include "../../csrc/lora/gemm.h"
+#include "../../csrc/lora/grouped_kernels.h"
+#include "../../csrc/lora/multi_kernels.h"
 
 namespace {
 
@@ -17,6 +19,68 @@ std::string json(std::initializer_list<std::pair<const char*, int64_t>> fields) 
   std::ostringstream text;
   for (const auto& [name, value] : fields) text << (text.tellp() ? ", \"" : "{\"") << name << "\": " << value;
   return text.str() + "}";
+}
+
+std::string grouped_fields(const std::string& task, const void* bytes) {
+  if (task == "GroupTask") {
+    const auto& t = as<GroupTask>(bytes);
+    return json({{"rows", t.rows}, {"adapters", t.adapters}, {"rows_per_thread", t.rows_per_thread}});
+  }
+  if (task == "GroupFewTask") {
+    const auto& t = as<GroupFewTask>(bytes);
+    return json({{"rows", t.rows}, {"adapters", t.adapters}, {"tile_slots", t.tile_slots}, {"tile_rows", t.tile_rows}});
+  }
+  if (task == "ListTask") {
+    const auto& t = as<ListTask>(bytes);
+    return json({{"adapters", t.adapters},
+                 {"groups_per_thread", t.groups_per_thread},
+                 {"tile_slots", t.tile_slots},
+                 {"part_slots", t.part_slots},
+                 {"rows_per_part", t.rows_per_part}});
+  }
+  if (task == "GroupedShrinkTask") {
+    const auto& t = as<GroupedShrinkTask>(bytes);
+    return json({{"rows", t.rows},
+                 {"adapters", t.adapters.count},
+                 {"rank", t.adapters.rank},
+                 {"depth", t.depth},
+                 {"depth_per_split", t.depth_per_split}});
+  }
+  if (task == "GroupedExpandTask") {
+    const auto& t = as<GroupedExpandTask>(bytes);
+    return json({{"rows", t.rows},
+                 {"adapters", t.adapters.count},
+                 {"rank", t.adapters.rank},
+                 {"columns", t.columns},
+                 {"columns_per_block", t.columns_per_block}});
+  }
+  if (task == "GroupedGradientTask") {
+    const auto& t = as<GroupedGradientTask>(bytes);
+    return json({{"rows", t.rows},
+                 {"adapters", t.adapters.count},
+                 {"rank", t.adapters.rank},
+                 {"features", t.features},
+                 {"rows_per_part", t.rows_per_part}});
+  }
+  if (task == "GroupedFinishTask") {
+    const auto& t = as<GroupedFinishTask>(bytes);
+    return json({{"adapters", t.adapters}, {"count", t.count}});
+  }
+  return "";
+}
+
+std::string multi_fields(const std::string& task, const void* bytes) {
+  if (task == "MultiShrinkTask") {
+    const auto& t = as<MultiShrinkTask>(bytes);
+    int64_t rank = 0;
+    for (const auto& projection : t.projections) rank = at_least(projection.rank, rank);
+    return json({{"rows", t.rows}, {"depth", t.depth}, {"rank", rank}, {"depth_per_split", t.depth_per_split}});
+  }
+  if (task == "MultiExpandTask") {
+    const auto& t = as<MultiExpandTask>(bytes);
+    return json({{"rows", t.rows}, {"columns", t.columns}, {"count", t.count}, {"columns_per_block", t.columns_per_block}});
+  }
+  return "";
 }
 
 std::string fields(const std::string& task, const void* bytes) {
@@ -59,7 +123,8 @@ std::string fields(const std::string& task, const void* bytes) {
     const auto& t = as<DropoutMaskTask>(bytes);
     return json({{"rows", t.rows}, {"columns", t.columns}});
   }
-  return "";
+  if (const std::string text = grouped_fields(task, bytes); !text.empty()) return text;
+  return multi_fields(task, bytes);
 }
 
 }  // namespace

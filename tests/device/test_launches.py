@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.build.conftest import ROOT
 from tests.build.kernels import ptx_kernels, short_names
-from tests.device import standin
+from tests.device import families, standin
 from tests.device.recording import ALLOWED, GPUS, LAUNCHES, STREAM
 
 CUDA_LIBRARY = ROOT / "python" / "peftops" / "lib" / "libpeftops_cuda.so"
@@ -113,6 +113,8 @@ def walks(launch: dict) -> list[tuple[str, int, int, int]]:
         return []
     if kernel == "fill":
         return [("elements", task["count"], 256, x)]
+    if kernel in families.WALKS:
+        return families.WALKS[kernel](task, tile, launch["grid"], options)
     raise AssertionError(f"say in walks() what the blocks of {kernel} do")
 
 

@@ -8,9 +8,21 @@ from collections.abc import Callable, Iterator
 import torch
 from peftops.ops.contract import CONTRACTS, Contract, Sample
 from peftops.testing.gradients import integer_upstream
-from peftops.testing.samples import Bound, bind, call, floating, fresh, map_tensors, tensors
+from peftops.testing.samples import (
+    Bound,
+    asking,
+    bind,
+    call_grouped,
+    carrying,
+    clone_layout,
+    floating,
+    fresh,
+    is_scale,
+    map_tensors,
+    tensors,
+)
 from peftops.testing.suite import CHECKS, chosen
-from peftops.testing.values import exact_call, forward_of, results_of
+from peftops.testing.values import exact_call, results_of
 
 
 def short(contract: Contract, dtype: torch.dtype) -> str:
@@ -28,22 +40,23 @@ class ExactCall:
         given = integer_upstream(seed)
         bound, self.expected = exact_call(contract, sample, seed, results_of(contract.reference, contract, given))
         self.bound = fresh(bound)  # integer arguments are still the sample's own
-        results = forward_of(contract.reference, contract)(self.bound)
-        self.upstream = [given(results[index]) for index in contract.differentiable_results if self.names]
+        with torch.no_grad():
+            carriers = carrying(contract, call_grouped(contract.reference, contract, self.bound)) if self.names else []
+        self.upstream = [given(result, index) for index, result in enumerate(carriers)]
 
     @property
-    def names(self) -> list[str]:
-        return [name for name in self.contract.differentiable if name in floating(self.bound)]
+    def names(self) -> tuple[str, ...]:
+        return asking(self.contract, self.bound)
 
     def evaluate(self, function: Callable | None = None) -> tuple:
         """Results and gradients: nothing is copied from the host, so a CUDA graph can hold it."""
         leaves = map_tensors(lambda name, t: t.detach().requires_grad_(name in self.names), self.bound)
         with torch.enable_grad():
-            results = call(function or self.contract.op, self.contract, leaves)
-        driven = [results[index] for index in self.contract.differentiable_results if results[index].requires_grad]
-        wanted = [leaves[name] for name in self.names]
+            groups = call_grouped(function or self.contract.op, self.contract, leaves)
+        driven = [result for result in carrying(self.contract, groups) if result.requires_grad]
+        wanted = [tensors(leaves)[name] for name in self.names]
         grads = torch.autograd.grad(driven, wanted, self.upstream, allow_unused=True) if driven else ()
-        return tuple(result.detach() for result in results) + tuple(grads)
+        return tuple(result.detach() for group in groups for result in group) + tuple(grads)
 
     def overwrite(self, other: ExactCall) -> None:
         """Put the other call's values into this one's memory."""
@@ -83,16 +96,31 @@ def assert_expected(results: tuple, expected: tuple, what: str) -> None:
 
 
 def variants(contract: Contract, sample: Sample, seed: int) -> Iterator[tuple[str, ExactCall]]:
-    """The same call, then with everything changed that may change in place: values, dropout seed, scale 0, and back."""
+    """The same call, then with all changed that may change in place: values, dropout seed, ids, scale 0, and back."""
     bound = bind(contract, sample)
     yield "first", ExactCall(contract, sample, seed)
     yield "other values", ExactCall(contract, sample, seed + 1)
     for name, tensor in tensors(bound).items():
-        if name == "seed":
+        if name in ("seed", "seeds"):
             yield "another dropout seed", ExactCall(contract, _with(bound, name, tensor ^ 0x5DEECE66D, sample), seed)
-        if tensor.ndim == 0 and tensor.is_floating_point():
+        if name == "adapter_ids":
+            for what, ids in assignments(tensor, len(bound["scales"])):
+                yield what, ExactCall(contract, _with(bound, name, ids, sample), seed)
+        if is_scale(name, tensor) and tensor.is_floating_point():
             yield f"{name} 0", ExactCall(contract, _with(bound, name, torch.zeros_like(tensor), sample), seed)
     yield "back", ExactCall(contract, sample, seed)
+
+
+def assignments(ids: torch.Tensor, adapters: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Other ids of the same tokens in the same layout, with more and with fewer groups of them."""
+    if 0 in ids.stride():
+        return
+    tokens = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    every = {"no adapters": torch.full_like(tokens, -1)}
+    if adapters:
+        every |= {"one adapter": torch.full_like(tokens, adapters - 1), "every adapter": tokens % adapters}
+    for what, values in every.items():
+        yield what, clone_layout(ids).copy_(values)
 
 
 def _with(bound: Bound, name: str, tensor: torch.Tensor, sample: Sample) -> Sample:

@@ -1,0 +1,7 @@
+#include "grouped_few_sm80.cuh"
+
+namespace peftops::lora {
+
+const GroupedKernels& grouped_kernels_bfloat16() { return sm80::grouped_kernels<bfloat16, bfloat16>(); }
+
+}  // namespace peftops::lora
