@@ -2,11 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "common/export.h"
 #include "common/index.h"
 #include "common/numeric.h"
 #include "common/parallel.h"
 #include "common/philox.h"
+#include "lora/gemm_sm90.h"
 #include "lora/plan.h"
 
 namespace py = pybind11;
@@ -66,6 +69,47 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("rank_blocks", &lora::GradientPlan::rank_blocks)
       .def_readonly("split", &lora::GradientPlan::split)
       .def_readonly("shared_memory", &lora::GradientPlan::shared_memory);
+  py::class_<lora::DepthTiles>(m, "LoraDepthTiles")
+      .def_readonly("count", &lora::DepthTiles::count)
+      .def_readonly("total", &lora::DepthTiles::total)
+      .def_property_readonly("tiles", [](const lora::DepthTiles& t) { return std::vector<int>(t.tiles, t.tiles + t.count); })
+      .def_property_readonly("last_blocks",
+                             [](const lora::DepthTiles& t) { return std::vector<int>(t.last_blocks, t.last_blocks + t.count); });
+  py::class_<lora::GemmSm90Plan>(m, "LoraGemmSm90Plan")
+      .def_readonly("candidate", &lora::GemmSm90Plan::candidate)
+      .def_readonly("row_tiles", &lora::GemmSm90Plan::row_tiles)
+      .def_readonly("column_tiles", &lora::GemmSm90Plan::column_tiles)
+      .def_readonly("swizzle", &lora::GemmSm90Plan::swizzle);
+  py::class_<lora::GemmTile>(m, "LoraGemmTile")
+      .def_readonly("rows", &lora::GemmTile::rows)
+      .def_readonly("columns", &lora::GemmTile::columns)
+      .def_readonly("shared_memory", &lora::GemmTile::shared_memory)
+      .def_readonly("cost", &lora::GemmTile::cost);
+  py::class_<lora::Segment>(m, "LoraSegment")
+      .def(py::init([](uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool down, int64_t depth, bool adapter) {
+             return lora::Segment{
+                 reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<const void*>(w), w_stride, down, depth, adapter};
+           }),
+           py::arg("x") = 0, py::arg("x_stride"), py::arg("w") = 0, py::arg("w_stride"), py::arg("down") = false, py::arg("depth"),
+           py::arg("adapter") = false);
+  py::class_<lora::GemmTask>(m, "LoraGemmTask")
+      .def(py::init([](const std::vector<lora::Segment>& segments, int64_t rows, int64_t columns, uintptr_t d, int64_t d_stride,
+                       uintptr_t mask) {
+             lora::GemmTask task{};
+             task.count = static_cast<int>(segments.size());
+             std::copy_n(segments.begin(), std::min<size_t>(segments.size(), lora::kMaxSegments), task.segments);
+             task.rows = rows, task.columns = columns, task.d = reinterpret_cast<void*>(d), task.d_stride = d_stride;
+             task.mask.data = reinterpret_cast<uint8_t*>(mask);
+             return task;
+           }),
+           py::arg("segments"), py::arg("rows"), py::arg("columns"), py::arg("d") = 0, py::arg("d_stride"), py::arg("mask") = 0);
+  m.attr("lora_gemm_tiles") = std::vector<lora::GemmTile>(std::begin(lora::kGemmTiles), std::end(lora::kGemmTiles));
+  m.attr("lora_depth_tile") = lora::kDepthTile;
+  m.attr("lora_depth_block") = lora::kDepthBlock;
+  m.def("lora_depth_tiles", &lora::depth_tiles);
+  m.def("lora_refuse_gemm_sm90", &lora::refuse_gemm_sm90, "Why a device cannot run a task with elements of so many bytes; None if it can.");
+  m.def("lora_plan_gemm_sm90", py::overload_cast<int64_t, int64_t, const peftops::Device&>(&lora::plan_gemm_sm90));
+  m.def("lora_plan_gemm_sm90", py::overload_cast<int, int64_t, int64_t>(&lora::plan_gemm_sm90), "The same for a candidate.");
   m.def("lora_refuse_shrink", &lora::refuse_shrink, "Why a device cannot run a candidate; None if it can.");
   m.def("lora_plan_shrink", &lora::plan_shrink);
   m.def("lora_plan_expand", &lora::plan_expand);

@@ -126,7 +126,8 @@ def emulated() -> Path:
     headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), HERE / "prelude.h"]
     rooms = sorted({path.parent for path in CSRC.rglob("*.cu")})
     sources = [source for room in rooms for source in (room / f"{room.name}.cpp", *sorted(room.glob("*.cu")))]
-    return emulated_library("libpeftops_emulated.so", sources, headers)
+    known = [source for source in sources if "_sm90_" not in source.name]
+    return emulated_library("libpeftops_emulated.so", [*known, HERE / "not_emulated.cpp"], headers)
 
 
 def emulated_library(name: str, sources: list[Path], headers: list[Path]) -> Path:
