@@ -31,6 +31,7 @@ RUNTIME = {
     "__cudaUnregisterFatBinary",
     "cudaDeviceGetAttribute",
     "cudaFuncSetAttribute",
+    "cudaGetDevice",
     "cudaGetDriverEntryPointByVersion",
     "cudaGetErrorString",
     "cudaGetLastError",

@@ -13,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peftops import _C
 
-from tests.build.conftest import BUILD, ROOT
+from tests.build.conftest import BUILD
 from tests.build.kernels import largest_blocks
 from tests.device import standin
 from tests.device.recording import ALLOWED, GPUS, LAUNCHES, STREAM, tensor_maps
 from tests.device.test_launches import short_name
 
-CUDA_LIBRARY = ROOT / "python" / "peftops" / "lib" / "libpeftops_cuda.so"
 CLUSTER, STAGE_DEPTH, BYTES = 2, _C.lora_depth_tile, 2
 LINE_OF_128_BYTES, UINT16, NO_NAN = 3, 1, 0  # of CUtensorMapSwizzle, CUtensorMapDataType, CUtensorMapFloatOOBfill
 MAPS = 128  # bytes of a tensor map
@@ -74,8 +73,9 @@ def call() -> Iterator[Callable[..., dict]]:
 
 
 @pytest.fixture(scope="module")
-def threads() -> dict[str, int]:
-    return {kernel: threads for (kernel, _), threads in largest_blocks(CUDA_LIBRARY).items()}
+def threads(library) -> dict[str, int]:
+    """Threads that a block of each kernel may have."""
+    return {kernel: threads for (kernel, _), threads in largest_blocks(library).items()}
 
 
 @pytest.fixture(scope="module")
