@@ -25,7 +25,8 @@ import harness
 import report
 import torch
 from harness import BASE, Case, Contender, Effort, Target
-from lora_contenders import ALPHA, RANK, relative_error
+from lora_contenders import relative_error
+from lora_kinds import ALPHA, RANK
 from torch import Tensor, nn
 
 OURS = "after accelerate"

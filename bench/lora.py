@@ -1,13 +1,15 @@
-"""LoRA: what a linear with rank-16 factors costs over the frozen linear, beside Hugging Face PEFT.
+"""LoRA: what a linear with factors costs over the frozen linear, beside Hugging Face PEFT and Unsloth's order of work.
 
-    python bench/lora.py                  all cases, about ten minutes; writes bench/results/lora-<device>.json
+    python bench/lora.py                  all cases, about twenty minutes; writes bench/results/lora-<device>.json
     python bench/lora.py --quick          small sizes, under a minute, writes nothing: shows that it runs
     python bench/lora.py --only 'decode'  cases whose name matches; writes nothing unless --output says where
     python bench/lora.py --device cuda    on a GPU (lora_gpu.py), within --budget seconds; --part train: a part of it
 
 Groups: "train" = forward and backward of one linear over M=512 tokens, x asks for a gradient, the base weight is
-frozen; "decode" = forward without gradients; "saved" = bytes kept for backward; "block" = one Llama decoder layer with
-LoRA on its seven linears. "fp32 factors" means float32 factors over a bfloat16 base, PEFT's default.
+frozen; "shared" = the same of query, key and value, which share x; "decode" = forward without gradients; "mixed" = the
+same of a batch whose rows use different adapters; "saved" = bytes kept for backward; "block" = one Llama decoder layer
+with LoRA on its seven linears. "fp32 factors" means float32 factors over a bfloat16 base, PEFT's default. The rank is
+16 where a case does not say otherwise.
 """
 
 from __future__ import annotations
@@ -29,13 +31,8 @@ import lora_gpu
 import report
 import torch
 from harness import BASE, Case, Effort, Floor, Target
+from lora_batches import OURS_ALONE, OURS_TOGETHER, Mixed, Shared, mixed_contenders, shared_contenders
 from lora_contenders import (
-    ALPHA,
-    OURS,
-    OURS_FP32,
-    PEFT,
-    PEFT_FP32,
-    RANK,
     BlockShape,
     Problem,
     block_contenders,
@@ -43,13 +40,16 @@ from lora_contenders import (
     saved_contenders,
     train_contenders,
 )
+from lora_kinds import ALPHA, OURS, OURS_FP32, PEFT, PEFT_FP32, RANK, UNSLOTH
 
 _PACKAGES = ("torch", "peft", "transformers")
 DTYPES = (torch.bfloat16, torch.float32)
 DROPOUTS = (0.0, 0.1)
 
-# The figures that issue 2 asks for: (K = N, dropout) -> most that training may take over the frozen base linear.
-TRAIN_LIMIT = {(4096, 0.0): 1.05, (4096, 0.1): 1.08, (1024, 0.0): 1.12, (1024, 0.1): 1.18}
+RANKS = (8, 64)  # beside 16
+
+# (K = N, dropout) -> most that training may take over the frozen base linear.
+TRAIN_LIMIT = {(4096, 0.0): 1.04, (4096, 0.1): 1.04, (1024, 0.0): 1.12, (1024, 0.1): 1.18}
 DECODE_OVER_PEFT_1024 = 0.7
 DECODE_OVER_BASE_4096 = 1.10
 
@@ -71,10 +71,11 @@ def measure_ceilings(quick: bool, last_cache: int) -> Ceilings:
     return Ceilings(bandwidth, {dtype: harness.matmul_rate(dtype, sizes) for dtype in (torch.float32, torch.bfloat16)})
 
 
-def train_floor(tokens: int, size: int, dtype: torch.dtype, ceilings: Ceilings) -> Floor:
-    base, lora = 4 * tokens * size * size, 12 * tokens * size * RANK
+def train_floor(problem: Problem, ceilings: Ceilings) -> Floor:
+    base = 4 * problem.tokens * problem.in_features * problem.out_features
+    lora = 6 * problem.tokens * problem.parameters
     law = "operations of base and LoRA / measured matmul rate"
-    return Floor((base + lora) / ceilings.rate[dtype], 1 + lora / base, law)
+    return Floor((base + lora) / ceilings.rate[problem.dtype], 1 + lora / base, law)
 
 
 def decode_floor(tokens: int, size: int, dtype: torch.dtype, ceilings: Ceilings) -> Floor:
@@ -84,16 +85,35 @@ def decode_floor(tokens: int, size: int, dtype: torch.dtype, ceilings: Ceilings)
     return Floor(max(read, compute), 1 + 2 * RANK / size, law)
 
 
-def train_case(tokens, size, dtype, p, quick, ceilings, last_cache) -> Case:
-    limit = TRAIN_LIMIT.get((size, p))
-    pairs = [(OURS, PEFT)] + ([(OURS_FP32, PEFT_FP32)] if dtype != torch.float32 else [])
-    targets = (
-        [t for ours, peer in pairs for t in (Target(ours, BASE, limit or 0), Target(ours, peer, 1.0))] if limit else []
-    )
-    problem = Problem(tokens, size, size, dtype, p)
-    build = functools.partial(train_contenders, problem, not quick, last_cache)
-    name = f"train {_name(dtype)} {size} p={p:g}"
-    return Case(name, "train", problem.facts, build, tuple(targets), train_floor(tokens, size, dtype, ceilings))
+def train_case(problem: Problem, quick, ceilings, last_cache) -> Case:
+    square = problem.in_features == problem.out_features and problem.rank == RANK
+    limit = TRAIN_LIMIT.get((problem.in_features, problem.dropout)) if square else None
+    pairs = [(OURS, PEFT)] + ([(OURS_FP32, PEFT_FP32)] if problem.dtype != torch.float32 else [])
+    targets = [Target(ours, BASE, limit) for ours, _ in pairs] if limit else []
+    targets += [] if quick else [Target(ours, peer, 1.0) for ours, peer in (*pairs, (OURS, UNSLOTH))]
+    build = functools.partial(train_contenders, problem, square and not quick, last_cache)
+    name = f"train {_title(problem)} p={problem.dropout:g}"
+    return Case(name, "train", problem.facts, build, tuple(targets), train_floor(problem, ceilings))
+
+
+def _title(problem: Problem) -> str:
+    """Without what most cases have in common."""
+    k, n = problem.in_features, problem.out_features
+    size, rank = f"{k}" if k == n else f"{k}->{n}", "" if problem.rank == RANK else f" r={problem.rank}"
+    return f"{_name(problem.dtype)} {size}{rank}"
+
+
+def shared_case(shared: Shared, quick, last_cache) -> Case:
+    targets = () if quick else (Target(OURS_TOGETHER, PEFT, 1.0), Target(OURS_TOGETHER, OURS_ALONE, 1.0))
+    sizes = "+".join(map(str, shared.out_features))
+    name = f"shared {_name(shared.dtype)} {shared.in_features}->{sizes} p={shared.dropout:g}"
+    return Case(name, "shared", shared.facts, functools.partial(shared_contenders, shared, last_cache), targets)
+
+
+def mixed_case(mixed: Mixed, quick, last_cache) -> Case:
+    targets = () if quick else (Target(OURS, PEFT, 1.0),)
+    name = f"mixed {_name(mixed.dtype)} {mixed.size} {mixed.rows}x{mixed.tokens} tokens, {mixed.adapters} adapters"
+    return Case(name, "mixed", mixed.facts, functools.partial(mixed_contenders, mixed, last_cache), targets)
 
 
 def decode_case(tokens, size, dtype, cached, quick, ceilings, last_cache) -> Case:
@@ -140,10 +160,17 @@ def _name(dtype: torch.dtype) -> str:
 def all_cases(ceilings: Ceilings, last_cache: int) -> list[Case]:
     """What `make bench` measures."""
     sizes = (4096, 1024)
-    cases = [train_case(512, n, d, p, False, ceilings, last_cache) for d in DTYPES for n in sizes for p in DROPOUTS]
+    linears = [Problem(512, n, n, d, p) for d in DTYPES for n in sizes for p in DROPOUTS]
+    linears += [Problem(512, 1024, 1024, torch.bfloat16, 0.1, rank) for rank in RANKS]
+    linears += [Problem(512, k, n, torch.bfloat16, 0.1) for k, n in ((2048, 8192), (8192, 2048))]
+    cases = [train_case(problem, False, ceilings, last_cache) for problem in linears]
+    cases += [
+        shared_case(Shared(512, 2048, (2048, 512, 512), d, p), False, last_cache) for d in DTYPES for p in DROPOUTS
+    ]
     for dtype in DTYPES:
         for size, cached in ((4096, False), (1024, False), (1024, True)):
             cases += [decode_case(m, size, dtype, cached, False, ceilings, last_cache) for m in (1, 4, 16)]
+        cases += [mixed_case(Mixed(*sizes, dtype), False, last_cache) for sizes in ((8, 1, 4096, 8), (8, 64, 4096, 8))]
     cases += [saved_case(512, n, d, p) for d in DTYPES for n in sizes for p in DROPOUTS]
     return cases + [block_case(BlockShape(), d, p, False) for d in DTYPES for p in DROPOUTS]
 
@@ -151,8 +178,10 @@ def all_cases(ceilings: Ceilings, last_cache: int) -> list[Case]:
 def quick_cases(ceilings: Ceilings) -> list[Case]:
     """Every kind of case, small; no targets, for such sizes have none."""
     cache = 1 << 17
-    cases = [train_case(64, 256, d, p, True, ceilings, cache) for d in DTYPES for p in DROPOUTS]
+    cases = [train_case(Problem(64, 256, 256, d, p), True, ceilings, cache) for d in DTYPES for p in DROPOUTS]
+    cases += [shared_case(Shared(64, 256, (256, 64, 64), d, 0.1), True, cache) for d in DTYPES]
     cases += [decode_case(1, 256, d, cached, True, ceilings, cache) for d in DTYPES for cached in (False, True)]
+    cases += [mixed_case(Mixed(4, 3, 256, 2, d), True, cache) for d in DTYPES]
     cases += [saved_case(64, 256, d, p) for d in DTYPES for p in DROPOUTS]
     return cases + [block_case(BlockShape(128, 256, 4, 2, 64), d, 0.1, True) for d in DTYPES]
 
@@ -160,7 +189,7 @@ def quick_cases(ceilings: Ceilings) -> list[Case]:
 def effort(case: Case, quick: bool) -> Effort:
     if quick:
         return Effort(seconds=0, fewest=4, most=4, sample_seconds=0, attempts=1)
-    if case.group == "decode":
+    if case.group in ("decode", "mixed"):
         return Effort(seconds=4, fewest=30, most=200, sample_seconds=0.004)
     return Effort(seconds=25, fewest=8, most=30) if case.group == "block" else Effort(seconds=16)
 

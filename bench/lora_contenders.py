@@ -16,13 +16,10 @@ from dataclasses import dataclass
 import harness
 import torch
 from harness import BASE, Contender, Unavailable
+from lora_kinds import RANK, SCALE, Kind, factors, fill_factors, frozen, kinds, shell
 from torch import Tensor, nn
 
-RANK, ALPHA = 16, 32
-SCALE = ALPHA / RANK  # for every rank
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-OURS, PEFT, COMPILED = "peftops", "PEFT", "PEFT compiled"
-OURS_FP32, PEFT_FP32 = f"{OURS}, fp32 factors", f"{PEFT}, fp32 factors"
 
 
 @dataclass(frozen=True)
@@ -59,75 +56,6 @@ class Problem:
 
     def weight(self) -> nn.Parameter:
         return frozen(self.out_features, self.in_features, dtype=self.dtype, device=self.device)
-
-
-# ---- contenders ------------------------------------------------------------------------------------------------------
-
-
-def peftops_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None, rank: int = RANK) -> nn.Module:
-    from peftops.nn import LoRALinear
-
-    return LoRALinear.from_linear(
-        linear, rank=rank, alpha=int(SCALE * rank), dropout=dropout, adapter_dtype=factor_dtype
-    )
-
-
-def peft_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype | None, rank: int = RANK) -> nn.Module:
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), lora_dropout=dropout)
-    layer = Linear(linear, "default", config, r=rank, lora_alpha=int(SCALE * rank))
-    for factor in factors(layer):
-        factor.data = factor.data.to(factor_dtype or linear.weight.dtype)
-    return layer
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A contender that puts LoRA over a linear. factor_dtype None = the base's."""
-
-    name: str
-    builder: Callable[[nn.Linear, float, torch.dtype | None, int], nn.Module]
-    factor_dtype: torch.dtype | None = None
-    compiled: bool = False
-
-
-def kinds(dtype: torch.dtype, compiled: bool) -> list[Kind]:
-    result = [Kind(OURS, peftops_layer), Kind(PEFT, peft_layer)]
-    if dtype != torch.float32:
-        result += [Kind(OURS_FP32, peftops_layer, torch.float32), Kind(PEFT_FP32, peft_layer, torch.float32)]
-    return result + ([Kind(COMPILED, peft_layer, compiled=True)] if compiled else [])
-
-
-def factors(module: nn.Module) -> list[Tensor]:
-    """Parameters A, B of every LoRA layer inside, in the order of the layers; PEFT and peftops name them alike but for
-    case.
-    """
-    named = [(name.lower(), p) for name, p in module.named_parameters()]
-    return [p for name, p in named if "lora_a" in name or "lora_b" in name]
-
-
-def fill_factors(layer: nn.Module, in_features: int, seed: int) -> None:
-    """The same values in every contender: bfloat16 numbers, with B not zero, so that LoRA's part is as large as the
-    base's.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    a, b = factors(layer)
-    with torch.no_grad():
-        a.copy_((torch.randn(a.shape, generator=generator) / in_features**0.5).bfloat16())
-        b.copy_((torch.randn(b.shape, generator=generator) / b.shape[1] ** 0.5).bfloat16())
-
-
-def shell(weight: nn.Parameter) -> nn.Linear:
-    """An nn.Linear of its own around a shared, frozen weight."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = weight
-    return linear
-
-
-def frozen(*shape: int, dtype: torch.dtype, device: str = "cpu") -> nn.Parameter:
-    return nn.Parameter((torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype), requires_grad=False)
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -198,11 +126,6 @@ def rotation(bytes_per_set: int, last_cache: int) -> int:
     return max(2, min(256, math.ceil(4 * last_cache / bytes_per_set)))
 
 
-def _compiled(call: Callable) -> Callable:
-    torch._dynamo.reset()
-    return torch.compile(call, dynamic=False)
-
-
 def _call(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
@@ -254,7 +177,7 @@ def train_contenders(problem: Problem, compiled: bool, last_cache: int) -> tuple
     result = [contender(BASE, [shell(w) for w in weights], _call, 0.0)]
     for kind in kinds(problem.dtype, compiled):
         layers = adapted(problem, kind, weights, training=True)
-        c = contender(kind.name, layers, _compiled(_call) if kind.compiled else _call, problem.dropout)
+        c = contender(kind.name, layers, kind.run(_call, problem.device), problem.dropout)
         result.append(Contender(c.name, c.step, _or_unavailable(c.check, kind)))
     return result, sets
 
@@ -291,7 +214,7 @@ def forward_contenders(problem: Problem, cached: bool, compiled: bool, last_cach
     result = [contender(BASE, [shell(w).eval() for w in weights], _call)]
     for kind in kinds(problem.dtype, compiled):
         layers = adapted(problem, kind, weights, training=False)
-        c = contender(kind.name, layers, _compiled(_call) if kind.compiled else _call)
+        c = contender(kind.name, layers, kind.run(_call, problem.device))
         result.append(Contender(c.name, c.step, _or_unavailable(c.check, kind)))
     return result, sets
 
@@ -353,6 +276,11 @@ def with_layers(block: nn.Module, replace: Callable[[nn.Linear], nn.Module]) -> 
     return block
 
 
+def _block_call(module: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    y = module(x, position_embeddings=rotary)
+    return y[0] if isinstance(y, tuple) else y
+
+
 def block_contenders(
     shape: BlockShape,
     dtype: torch.dtype,
@@ -390,15 +318,15 @@ def block_contenders(
         x, cos_sin = xs[0].detach().double().requires_grad_(), tuple(r.double() for r in rotary)
         return gradients(lambda x: _block_call(exact, x, cos_sin), x, dys[0].double(), factors(exact))
 
-    def contender(name: str, module: nn.Module) -> Contender:
+    def contender(name: str, module: nn.Module, call: Callable = _block_call) -> Contender:
         parameters = factors(module)
 
         def step(i: int) -> object:
-            return torch.autograd.grad(_block_call(module, xs[i], rotary), [xs[i], *parameters], dys[i])
+            return torch.autograd.grad(call(module, xs[i], rotary), [xs[i], *parameters], dys[i])
 
         def check() -> float:
             module.eval()  # without dropout: masks are checked on the single linears
-            got = gradients(lambda x: _block_call(module, x, rotary), xs[0], dys[0], parameters)
+            got = gradients(lambda x: call(module, x, rotary), xs[0], dys[0], parameters)
             module.train()
             wanted = reference_results(name != BASE)
             # Several roundings follow each other here: five times what a single linear is allowed.
@@ -407,7 +335,7 @@ def block_contenders(
         def facts() -> dict:
             held = [*module.parameters(), *module.buffers(), *rotary]
             return {
-                "saved_bytes": harness.saved_bytes(lambda: _block_call(module, xs[0], rotary), held),
+                "saved_bytes": harness.saved_bytes(lambda: call(module, xs[0], rotary), held),
                 "peak_bytes": peak_bytes(lambda: step(0)),
             }
 
@@ -422,10 +350,5 @@ def block_contenders(
             fill_factors(layer, linear.in_features, next(seeds))
             return layer
 
-        result.append(contender(kind.name, with_layers(block, replace).train()))
+        result.append(contender(kind.name, with_layers(block, replace).train(), kind.run(_block_call, device)))
     return result, sets
-
-
-def _block_call(module: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    y = module(x, position_embeddings=rotary)
-    return y[0] if isinstance(y, tuple) else y

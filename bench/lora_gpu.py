@@ -12,12 +12,8 @@ import math
 import gpu
 import torch
 from harness import BASE, Case, Contender, Effort, Floor, Target
+from lora_batches import OURS_ALONE, OURS_TOGETHER, Mixed, Shared, mixed_contenders, shared_contenders
 from lora_contenders import (
-    OURS,
-    OURS_FP32,
-    PEFT,
-    PEFT_FP32,
-    RANK,
     BlockShape,
     Problem,
     block_contenders,
@@ -25,13 +21,23 @@ from lora_contenders import (
     saved_contenders,
     train_contenders,
 )
+from lora_kinds import OURS, OURS_FP32, PEFT, PEFT_AUTOCAST, PEFT_FP32, RANK, UNSLOTH
 
 TOKENS = (2048, 8192, 512, 16, 1)
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 RANKS = (8, 64)
+QKV = (2048, 4096, (4096, 1024, 1024))  # tokens and sizes of Llama 3 8B's query, key and value
+MIXED = ((16, 1, 4096, 8), (8, 256, 4096, 8))  # rows, tokens of each, size, adapters
 DROPOUTS = (0.0, 0.1)
-PARTS = ("block", "train", "forward", "saved", "eager")
+PARTS = ("block", "train", "forward", "shared", "mixed", "saved", "eager")
 DEVICE, DTYPE = "cuda", torch.bfloat16
+
+#: With many tokens, the most that the forward and that training may take over the frozen base.
+FORWARD_LIMIT, TRAIN_LIMIT, WIDE_LIMIT, DROPOUT_ADDS = 1.08, 1.12, 1.15, 0.03
+#: One token, over the base's matrix-vector product.
+DECODE_LIMIT = 1.15
+#: With many tokens and dropout, how many times faster than others.
+FASTER = ((PEFT_AUTOCAST, 1.6), (PEFT, 1.25), (UNSLOTH, 1.2))
 
 #: Where torch.compile of PEFT is measured too: compiling takes longer than measuring.
 COMPILED = (2048, 16)
@@ -57,6 +63,10 @@ def cases(bandwidth: float, rate: float, last_cache: int, parts: tuple[str, ...]
     for part in (p for p in PARTS if p in parts):
         if part == "block":
             made += [_block(p, mode) for p in DROPOUTS for mode in (("graph",) if quick else ("graph", "eager"))]
+        elif part == "shared":
+            made += [_shared(p, last_cache) for p in DROPOUTS]
+        elif part == "mixed":
+            made += [_mixed(*sizes, last_cache) for sizes in MIXED]
         elif part == "saved":
             made += [_saved(problem) for problem in _problems((2048,), SHAPES[:1], DROPOUTS)]
         else:
@@ -70,7 +80,8 @@ def _grid(part: str, quick: bool) -> list[Problem]:
         return _problems((2048, 16), SHAPES[:1], dropouts[-1:])
     if part == "eager":
         return _problems(TOKENS, SHAPES[:1], dropouts)
-    other_ranks = [problem for rank in RANKS for problem in _problems((2048, 16), SHAPES[:1], dropouts, rank)]
+    tokens = (8192, 2048, 16)
+    other_ranks = [problem for rank in RANKS for problem in _problems(tokens, SHAPES[:1], dropouts, rank)]
     return _problems(TOKENS, SHAPES, dropouts) + other_ranks
 
 
@@ -87,9 +98,6 @@ def _linear(problem: Problem, part: str, bandwidth: float, rate: float, last_cac
     training = part != "forward"
     headline = problem.in_features == problem.out_features and problem.rank == RANK
     compiled = headline and part != "eager" and problem.tokens in COMPILED
-    targets = ()
-    if headline and problem.tokens in (16, 2048, 8192):
-        targets = (Target(OURS, PEFT, 1.0), Target(OURS_FP32, PEFT_FP32, 1.0))
 
     def build() -> tuple[list[Contender], int]:
         if training:
@@ -103,13 +111,52 @@ def _linear(problem: Problem, part: str, bandwidth: float, rate: float, last_cac
         part,
         problem.facts,
         build,
-        targets,
+        _targets(problem, part),
         floor(problem, training, bandwidth, rate),
     )
 
 
+def _targets(problem: Problem, part: str) -> tuple[Target, ...]:
+    if part == "eager":
+        return ()
+    if problem.tokens == 1:
+        square = problem.in_features == problem.out_features
+        return (Target(OURS, BASE, DECODE_LIMIT),) if part == "forward" and square and problem.rank == RANK else ()
+    if problem.tokens < 8192:
+        return (Target(OURS, PEFT, 1.0), Target(OURS_FP32, PEFT_FP32, 1.0))
+    limit = WIDE_LIMIT if problem.rank > RANK else FORWARD_LIMIT if part == "forward" else TRAIN_LIMIT
+    targets = [Target(OURS, BASE, limit + (DROPOUT_ADDS if problem.dropout else 0))]
+    if problem.dropout and problem.rank == RANK:
+        targets += [Target(OURS, peer, 1 / times) for peer, times in FASTER]
+    return tuple(targets)
+
+
 def _ours(name: str) -> bool:
-    return name in (BASE, OURS, OURS_FP32)
+    return name == BASE or name.startswith(OURS)
+
+
+def _shared(p: float, last_cache: int) -> Case:
+    shared = Shared(*QKV, DTYPE, p, DEVICE)
+
+    def build() -> tuple[list[Contender], int]:
+        contenders, sets = shared_contenders(shared, last_cache)
+        return gpu.graphed(contenders, sets, _ours), sets
+
+    targets = (Target(OURS_TOGETHER, OURS_ALONE, 1.0), Target(OURS_TOGETHER, PEFT, 1.0))
+    sizes = "+".join(map(str, shared.out_features))
+    name = f"shared M={shared.tokens} {shared.in_features}->{sizes} p={p:g}"
+    return Case(name, "shared", shared.facts, build, targets)
+
+
+def _mixed(rows: int, tokens: int, size: int, adapters: int, last_cache: int) -> Case:
+    mixed = Mixed(rows, tokens, size, adapters, DTYPE, DEVICE)
+
+    def build() -> tuple[list[Contender], int]:
+        contenders, sets = mixed_contenders(mixed, last_cache)
+        return gpu.graphed(contenders, sets, _ours), sets
+
+    name = f"mixed {size} {rows}x{tokens} tokens, {adapters} adapters"
+    return Case(name, "mixed", mixed.facts, build, (Target(OURS, PEFT, 1.0),))
 
 
 def _saved(problem: Problem) -> Case:

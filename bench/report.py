@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"lora": ("README.md", "csrc/lora/README.md"), "hf_peft": ("README.md",)}
 TITLES = {
     "train": "Training: forward and backward of one frozen linear, x asks for a gradient",
+    "shared": "Training of query, key and value, which share x: forward and backward of three frozen linears",
     "decode": "Decode: forward of one linear without gradients",
+    "mixed": "Inference on a batch whose rows use different adapters, over the linear without any",
     "forward": "Forward of one linear without gradients",
     "eager": "Training, launched from Python call by call",
     "saved": "Kept for backward by one linear (x included)",

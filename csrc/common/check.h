@@ -57,15 +57,19 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* layout) {
+// `name` is anything that a stream takes.
+template <class Name>
+void check_dim(const char* op, const Name& name, const Tensor& t, int64_t dim, const char* layout) {
   PEFTOPS_CHECK(t.dim() == dim, op, ": ", name, " must be ", layout, ", but has shape ", shape_of(t));
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want, const char* reason) {
+template <class Name>
+void check_dtype(const char* op, const Name& name, const Tensor& t, ScalarType want, const char* reason) {
   PEFTOPS_CHECK(t.scalar_type() == want, op, ": ", name, " has dtype ", name_of(t.scalar_type()), ", but ", reason, " ", name_of(want));
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+template <class Name>
+void check_same_device(const char* op, const Name& name, const Tensor& t, const Tensor& x) {
   PEFTOPS_CHECK(t.device() == x.device(), op, ": ", name, " is on another device than x");
 }
 

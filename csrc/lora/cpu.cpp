@@ -1,28 +1,11 @@
 // LoRA on the CPU: checks, plan and registration. cpu_call.h has the passes, cpu_kernels.cpp the arithmetic.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-
 #include "../common/philox.h"
 #include "cpu_call.h"
 
 namespace peftops::lora {
 namespace {
-
-// x for the few-row kernel, piece by piece: whole rows are often a power of two apart and would meet in the same lines of the cache.
-Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
-  const int64_t piece = small_piece(rows, features);
-  if (piece >= features) return x;
-  const int64_t size = static_cast<int64_t>(x.element_size());
-  Tensor pieces = empty_on(x, x.scalar_type(), rows, features);
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(pieces.mutable_data_ptr());
-  for (int64_t k = 0; k < features; k += piece) {
-    const int64_t bytes = min_of(piece, features - k) * size;
-    for (int64_t i = 0; i < rows; ++i, to += bytes) std::memcpy(to, from + (i * features + k) * size, static_cast<size_t>(bytes));
-  }
-  return pieces;
-}
 
 // Y = x W^T + bias by the vendor's GEMM, and beside it S and the mask where there is an adapter.
 std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -66,15 +49,14 @@ Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optiona
   const Tensor a = with_unit_stride(lora_a), b = with_unit_stride(lora_b);
   Tensor s = empty_on(x, accumulator_of(x), rows, rank);
   Tensor y = empty_on(x, x.scalar_type(), rows, out_features);
-  // About 2^15 products are worth a thread.
-  const auto grain = [&](int64_t products) { return ceil_div(1 << 15, kSmallBlock * (rows * products + 1)); };
 
   SmallTask down{};
   down.x = tokens.const_data_ptr(), down.weight = a.const_data_ptr();
   down.rows = rows, down.features = features, down.out_features = rank, down.weight_stride = a.stride(0);
   down.factor = factor;
   down.y = s.mutable_data_ptr();
-  spread(ceil_div(rank, kSmallBlock), grain(features), [&](int64_t begin, int64_t end) { kernels.small_project(down, begin, end); });
+  spread(ceil_div(rank, kSmallBlock), small_grain(rows, features),
+         [&](int64_t begin, int64_t end) { kernels.small_project(down, begin, end); });
 
   SmallTask task{};
   task.x = tokens.const_data_ptr(), task.weight = weight.const_data_ptr();
@@ -84,7 +66,7 @@ Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optiona
   if (bias) task.bias = dense_bias.const_data_ptr();
   task.s = s.const_data_ptr(), task.b = b.const_data_ptr(), task.rank = rank, task.b_stride = b.stride(0);
   task.y = y.mutable_data_ptr();
-  spread(ceil_div(out_features, kSmallBlock), grain(features + rank),
+  spread(ceil_div(out_features, kSmallBlock), small_grain(rows, features + rank),
          [&](int64_t begin, int64_t end) { kernels.small_linear(task, begin, end); });
   return reshaped_like(y, x, out_features);
 }
@@ -149,6 +131,11 @@ Tensor lora_dropout_mask(Tensor seed, int64_t rows, int64_t cols, double p) {
 }
 
 }  // namespace
+
+Tensor linear_on_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
+                     double scale) {
+  return lora_linear_any(x, weight, bias, lora_a, lora_b, scale, std::nullopt, 0.0, std::nullopt);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(peftops, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_linear));

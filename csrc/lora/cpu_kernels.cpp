@@ -5,6 +5,7 @@
 // shapes alone.
 #include "cpu_kernels.h"
 
+#include <algorithm>
 #include <cstddef>
 
 #include "../common/simd.h"
@@ -114,25 +115,34 @@ inline void prefetch(const T* row, int64_t columns) {
   for (int64_t i = 0; i < columns * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
 }
 
-// A block of a [rows, features] matrix, masked: accumulators by row, zero beyond `columns` up to the next vector. The block that
-// lies `ahead` values further is asked for.
+// The rows of a matrix, `stride` apart: all in turn, or those that an index names.
+template <class T>
+struct RowsAt {
+  T* data;
+  int64_t stride;
+  const int64_t* index;
+  T* at(int64_t row, int64_t column) const { return data + offset_of(index ? index[row] : row, stride, column); }
+};
+
+// The block at (row, column) of a matrix, masked: accumulators by row, zero beyond `columns` up to the next vector. The block that
+// lies `rows_ahead` and `columns_ahead` further is asked for.
 template <class T, class A>
-void unpack(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, const Mask& mask, int64_t mask_row,
-            int64_t mask_column, A* to) {
+void unpack(const RowsAt<const T>& from, int64_t first, int64_t column, int64_t rows, int64_t columns, int64_t rows_ahead,
+            int64_t columns_ahead, const Mask& mask, A* to) {
   for (int64_t i = 0; i < rows; ++i) {
-    prefetch(from + i * stride + ahead, columns);
-    const T* row = from + i * stride;
-    const uint8_t* bits = mask.data ? mask.data + (mask_row + i) * mask.stride : nullptr;
+    prefetch(from.at(first + i + rows_ahead, column + columns_ahead), columns);
+    const T* row = from.at(first + i, column);
+    const uint8_t* bits = mask.data ? mask.data + (first + i) * mask.stride : nullptr;
     A* out = to + i * kColumnChunk;
     int64_t c = 0;
     for (; c + kLanes<A> <= columns; c += kLanes<A>) {
       Vector<A> v = load(row + c);
-      if (bits) v = keep<A>(v, keep_bits<A>(bits, mask_column + c));
+      if (bits) v = keep<A>(v, keep_bits<A>(bits, column + c));
       store(out + c, v);
     }
     if (c < columns) {
       Vector<A> v = load_part(row + c, columns - c);
-      if (bits) v = keep<A>(v, keep_bits_part<A>(bits, mask_column + c, columns - c));
+      if (bits) v = keep<A>(v, keep_bits_part<A>(bits, column + c, columns - c));
       store(out + c, v);
     }
   }
@@ -140,12 +150,12 @@ void unpack(const T* from, int64_t stride, int64_t rows, int64_t columns, int64_
 
 #ifdef __AVX512BF16__
 // The same as bfloat16, zero beyond `columns` up to the next vector.
-void unpack(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t ahead, const Mask& mask, int64_t mask_row,
-            int64_t mask_column, uint32_t* to) {
+void unpack(const RowsAt<const bfloat16>& from, int64_t first, int64_t column, int64_t rows, int64_t columns, int64_t rows_ahead,
+            int64_t columns_ahead, const Mask& mask, uint32_t* to) {
   for (int64_t i = 0; i < rows; ++i) {
-    prefetch(from + i * stride + ahead, columns);
-    const bfloat16* row = from + i * stride;
-    const uint8_t* bits = mask.data ? mask.data + (mask_row + i) * mask.stride + mask_column / 8 : nullptr;
+    prefetch(from.at(first + i + rows_ahead, column + columns_ahead), columns);
+    const bfloat16* row = from.at(first + i, column);
+    const uint8_t* bits = mask.data ? mask.data + (first + i) * mask.stride + column / 8 : nullptr;
     uint32_t* out = to + i * (kColumnChunk / 2);
     for (int64_t c = 0; c < columns; c += 32) {
       const int64_t count = min_of(32, columns - c);
@@ -177,7 +187,7 @@ void pair_rows(const uint32_t* from, int64_t rows, int64_t columns, uint32_t* to
 }
 #endif
 
-// Rows [begin, end) of the packed form of a strided [contraction, lanes] matrix; lanes beyond its own are zero.
+// Rows [begin, end) of the packed form of a strided [contraction, lanes] matrix; lanes beyond its own are zero up to the next vector.
 template <class M, class F>
 void pack(const Matrix& from, Packed to, int64_t begin, int64_t end) {
   using E = typename M::Element;
@@ -193,27 +203,40 @@ void pack(const Matrix& from, Packed to, int64_t begin, int64_t end) {
     } else {
       for (int64_t j = 0; j < from.lanes; ++j) out[j] = M::template element<F>(row + j * from.lane_stride, nullptr);
     }
-    std::memset(out + from.lanes, 0, static_cast<size_t>(to.stride - from.lanes) * sizeof(E));
+    std::memset(out + from.lanes, 0, static_cast<size_t>(round_up(from.lanes, kLanes<typename M::Acc>) - from.lanes) * sizeof(E));
+  }
+}
+
+// Calls body(part, from, to) for the lanes [from, to) of each part that lie between `begin` and `end`.
+template <class M, class Part, class Body>
+void for_parts(const Part* parts, int64_t count, int64_t begin, int64_t end, const Body& body) {
+  for (const Part* part = parts; part < parts + count; ++part) {
+    const int64_t from = std::max(part->column, begin);
+    const int64_t to = min_of(part->column + round_up(part->rank, kLanes<typename M::Acc>), end);
+    if (from < to) body(*part, from, to);
   }
 }
 
 // S [rows, rank] for the up-projection: elements along the rank, [rows][rank / step].
 template <class M>
-void pack_ranks(const void* s, int64_t rows, int64_t rank, Packed to) {
+void pack_ranks(const void* s, int64_t s_stride, int64_t rows, int64_t rank, Packed to) {
   const auto* from = static_cast<const typename M::Acc*>(s);
 #ifdef __AVX512BF16__
   if constexpr (M::step == 2) {
     // Pairs along an even rank are the rounded numbers as they lie.
     if (rank % 2 == 0) {
       auto* out = static_cast<bfloat16*>(to.data);
-      int64_t i = 0;
-      for (; i + kLanes<float> <= rows * rank; i += kLanes<float>) store(out + i, load(from + i));
-      for (; i < rows * rank; ++i) put(out + i, from[i]);
+      if (s_stride == rank) s_stride = rank *= rows, rows = 1;
+      for (int64_t i = 0; i < rows; ++i, from += s_stride, out += rank) {
+        int64_t j = 0;
+        for (; j + kLanes<float> <= rank; j += kLanes<float>) store(out + j, load(from + j));
+        for (; j < rank; ++j) put(out + j, from[j]);
+      }
       return;
     }
   }
 #endif
-  for (int64_t i = 0; i < rows; ++i, from += rank) {
+  for (int64_t i = 0; i < rows; ++i, from += s_stride) {
     auto* out = static_cast<typename M::Element*>(to.data) + i * to.stride;
     for (int64_t j = 0; j < rank; j += M::step) out[j / M::step] = M::element(from + j, j + 1 < rank ? from + j + 1 : nullptr);
   }
@@ -226,62 +249,88 @@ void project(const ProjectTask& t, int64_t begin, int64_t end) {
   constexpr int64_t kElements = kColumnChunk / M::step;
   alignas(64) E block[kRowBlock * kElements];
   alignas(64) A sums[kRowBlock * kRankBlock];
+  const RowsAt<const T> x{static_cast<const T*>(t.x), t.x_stride, t.index};
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task * kRowBlock, rows = min_of(kRowBlock, t.rows - first), padded = round_up(rows, kTile);
     std::memset(block + rows * kElements, 0, static_cast<size_t>((padded - rows) * kElements) * sizeof(E));
-    for (int64_t j = 0; j < t.rank; j += kRankBlock) {
-      const int64_t ranks = min_of(kRankBlock, t.rank - j);
+    for (int64_t j = 0; j < t.a.stride; j += kRankBlock) {
+      const int64_t end_j = min_of(j + kRankBlock, t.a.stride);
       std::memset(sums, 0, sizeof sums);
       for (int64_t c = 0; c < t.features; c += kColumnChunk) {
         const int64_t columns = min_of(kColumnChunk, t.features - c);
-        if (t.draw && j == 0)
-          for (int64_t i = first; i < first + rows; ++i)
-            dropout_bytes(t.seed, i, c / 8, ceil_div(columns, 8), t.threshold, t.mask.data + i * t.mask.stride + c / 8);
-        unpack(static_cast<const T*>(t.x) + offset_of(first, t.x_stride, c), t.x_stride, rows, columns, kColumnChunk, t.mask, first, c,
-               block);
-        tile<M, kElements, 1>(block, static_cast<const E*>(t.a.data) + (c / M::step) * t.a.stride + j, t.a.stride,
-                              ceil_div(columns, M::step), sums, kRankBlock, padded, round_up(ranks, kLanes<A>), true);
+        const auto products = [&](const Mask& mask, int64_t from, int64_t to) {
+          unpack(x, first, c, rows, columns, 0, kColumnChunk, mask, block);
+          tile<M, kElements, 1>(block, static_cast<const E*>(t.a.data) + (c / M::step) * t.a.stride + from, t.a.stride,
+                                ceil_div(columns, M::step), sums + (from - j), kRankBlock, padded, to - from, true);
+        };
+        if (!t.parts->mask.data) {
+          products(t.parts->mask, j, end_j);
+          continue;
+        }
+        for_parts<M>(t.parts, t.count, j, end_j, [&](const ProjectPart& part, int64_t from, int64_t to) {
+          if (t.draw && from == part.column)
+            for (int64_t i = first; i < first + rows; ++i)
+              dropout_bytes(part.seed, i, c / 8, ceil_div(columns, 8), t.threshold, part.mask.data + i * part.mask.stride + c / 8);
+          products(part.mask, from, to);
+        });
       }
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < ranks; ++k)
-          static_cast<A*>(t.s)[(first + i) * t.rank + j + k] = static_cast<A>(t.factor) * sums[i * kRankBlock + k];
+      for_parts<M>(t.parts, t.count, j, end_j, [&](const ProjectPart& part, int64_t from, int64_t to) {
+        to = min_of(to, part.column + part.rank);
+        for (int64_t i = 0; i < rows; ++i) {
+          A* s = static_cast<A*>(part.s) + (first + i) * t.s_stride - part.column;
+          for (int64_t k = from; k < to; ++k) s[k] = static_cast<A>(part.factor) * sums[i * kRankBlock + k - j];
+        }
+      });
     }
   }
 }
 
-// I rows and V vectors of Y; the last vector holds `last` columns.
-template <class M, class T, int I, int V>
+// I rows and V vectors of Y; the last vector holds `last` columns. kParts: several parts with a mask each, whose sums are added beside
+// the one in the registers; without masks all parts go into that one.
+template <class M, class T, int I, int V, bool kParts>
 inline void expand_tile(const ExpandTask& t, int64_t row, int64_t column, int64_t last) {
   using A = typename M::Acc;
   using E = typename M::Element;
-  const E* s = static_cast<const E*>(t.s) + row * t.s_stride;
-  const E* b = static_cast<const E*>(t.b.data) + column;
   Vector<A> sum[I][V] = {};
-  for (int i = 0; i < I; ++i) prefetch(static_cast<const T*>(t.y) + offset_of(row + I + i, t.y_stride, column), V * kLanes<A>);
-  for (int64_t k = 0; k < t.s_stride; ++k) {
-    typename M::Operand operand[V];
-    for (int v = 0; v < V; ++v) operand[v] = load_raw<typename M::Operand>(b + k * t.b.stride + v * kLanes<A>);
-    for (int i = 0; i < I; ++i)
-      for (int v = 0; v < V; ++v) sum[i][v] = M::add_product(sum[i][v], s[i * t.s_stride + k], operand[v]);
+  [[maybe_unused]] Vector<A> total[kParts ? I : 1][kParts ? V : 1] = {};
+  const RowsAt<T> rows{static_cast<T*>(t.y), t.y_stride, t.index};
+  for (int i = 0; i < I; ++i) prefetch(rows.at(row + I + i, column), V * kLanes<A>);
+  for (const ExpandPart* part = t.parts; part < t.parts + t.count; ++part) {
+    const E* s = static_cast<const E*>(part->s) + row * part->s_stride;
+    const E* b = static_cast<const E*>(part->b.data) + column;
+    for (int64_t k = 0; k < part->depth; ++k) {
+      typename M::Operand operand[V];
+      for (int v = 0; v < V; ++v) operand[v] = load_raw<typename M::Operand>(b + k * part->b.stride + v * kLanes<A>);
+      for (int i = 0; i < I; ++i)
+        for (int v = 0; v < V; ++v) sum[i][v] = M::add_product(sum[i][v], s[i * part->s_stride + k], operand[v]);
+    }
+    if (!part->mask.data) continue;
+    for (int i = 0; i < I; ++i) {
+      const uint8_t* bits = part->mask.data + (row + i) * part->mask.stride;
+      for (int v = 0; v < V; ++v) {
+        const int64_t c = column + v * kLanes<A>;
+        sum[i][v] = keep<A>(sum[i][v], v + 1 < V || last == kLanes<A> ? keep_bits<A>(bits, c) : keep_bits_part<A>(bits, c, last));
+        if constexpr (kParts) {
+          total[i][v] += sum[i][v];
+          sum[i][v] = part + 1 < t.parts + t.count ? Vector<A>{} : total[i][v];
+        }
+      }
+    }
   }
   for (int i = 0; i < I; ++i) {
-    T* y = static_cast<T*>(t.y) + offset_of(row + i, t.y_stride, column);
-    const uint8_t* bits = t.mask.data ? t.mask.data + (row + i) * t.mask.stride : nullptr;
+    T* y = rows.at(row + i, column);
     for (int v = 0; v < V; ++v) {
       const int64_t c = v * kLanes<A>;
-      if (v + 1 < V || last == kLanes<A>) {
-        if (bits) sum[i][v] = keep<A>(sum[i][v], keep_bits<A>(bits, column + c));
+      if (v + 1 < V || last == kLanes<A>)
         store(y + c, load(y + c) + sum[i][v]);
-      } else {
-        if (bits) sum[i][v] = keep<A>(sum[i][v], keep_bits_part<A>(bits, column + c, last));
+      else
         store_part(y + c, load_part(y + c, last) + sum[i][v], last);
-      }
     }
   }
 }
 
-template <class M, class T>
-void expand(const ExpandTask& t, int64_t begin, int64_t end) {
+template <class M, class T, bool kParts>
+void expand_blocks(const ExpandTask& t, int64_t begin, int64_t end) {
   constexpr int64_t lanes = kLanes<typename M::Acc>;
   constexpr int kRows = kTile / 4;
   const int64_t column_tasks = ceil_div(t.features, kExpandColumns);
@@ -293,8 +342,8 @@ void expand(const ExpandTask& t, int64_t begin, int64_t end) {
       const auto strip = [&](auto rows, int64_t i) {
         constexpr int I = decltype(rows)::value;
         int64_t c = chunk;
-        for (; c + 4 * lanes <= chunk_end; c += 4 * lanes) expand_tile<M, T, I, 4>(t, i, c, lanes);
-        for (; c < chunk_end; c += lanes) expand_tile<M, T, I, 1>(t, i, c, min_of(lanes, chunk_end - c));
+        for (; c + 4 * lanes <= chunk_end; c += 4 * lanes) expand_tile<M, T, I, 4, kParts>(t, i, c, lanes);
+        for (; c < chunk_end; c += lanes) expand_tile<M, T, I, 1, kParts>(t, i, c, min_of(lanes, chunk_end - c));
       };
       int64_t i = row;
       for (; i + kRows <= row_end; i += kRows) strip(std::integral_constant<int, kRows>{}, i);
@@ -303,58 +352,72 @@ void expand(const ExpandTask& t, int64_t begin, int64_t end) {
   }
 }
 
+template <class M, class T>
+void expand(const ExpandTask& t, int64_t begin, int64_t end) {
+  (t.count > 1 && t.parts->mask.data ? expand_blocks<M, T, true> : expand_blocks<M, T, false>)(t, begin, end);
+}
+
 template <class M, class T, class F>
 void gradient(const GradientTask& t, int64_t begin, int64_t end) {
   using A = typename M::Acc;
   using E = typename M::Element;
   constexpr int64_t kElements = kColumnChunk / M::step;
-  const int64_t padded_rows = round_up(t.rows, kRowBlock), padded_rank = round_up(t.rank, kLanes<A>);
+  const int64_t padded_rows = round_up(t.rows, kRowBlock);
   alignas(64) E block[kRowBlock * kElements];
   alignas(64) E pairs[M::step == 1 ? 1 : kRowBlock * kColumnChunk / 2];
   alignas(64) A sums[kColumnChunk * kRankBlock];
+  const RowsAt<const T> g{static_cast<const T*>(t.g), t.g_stride, t.index};
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t column = panel * t.panel, columns = min_of(t.panel, t.features - column), padded_columns = round_up(columns, kTile);
-    for (int64_t j = 0; j < t.rank; j += kRankBlock) {
-      const int64_t ranks = min_of(kRankBlock, t.rank - j), width = round_up(ranks, kLanes<A>);
+    for (int64_t j = 0; j < t.width; j += kRankBlock) {
+      const int64_t end_j = min_of(j + kRankBlock, t.width);
       std::memset(sums, 0, sizeof sums);
       for (int64_t row = 0; row < t.rows; row += kRowBlock) {
         const int64_t rows = min_of(kRowBlock, t.rows - row), padded = round_up(rows, kTile);
-        unpack(static_cast<const T*>(t.g) + offset_of(row, t.g_stride, column), t.g_stride, rows, columns, kRowBlock * t.g_stride, t.mask,
-               row, column, block);
-        if (rows < padded) std::memset(block + rows * kElements, 0, static_cast<size_t>((padded - rows) * kElements) * sizeof(E));
-        if (t.b.data)
-          tile<M, kElements, 1>(block, static_cast<const E*>(t.b.data) + (column / M::step) * t.b.stride + j, t.b.stride,
-                                ceil_div(columns, M::step), static_cast<A*>(t.partials) + (panel * padded_rows + row) * padded_rank + j,
-                                padded_rank, padded, width, false);
-        if (t.s.data) {
-          const E* by_column = block;
-          if constexpr (M::step == 2) {
-            pair_rows(block, padded, columns, pairs);
-            by_column = pairs;
+        const auto products = [&](const Mask& mask, int64_t from, int64_t to) {
+          unpack(g, row, column, rows, columns, kRowBlock, 0, mask, block);
+          if (rows < padded) std::memset(block + rows * kElements, 0, static_cast<size_t>((padded - rows) * kElements) * sizeof(E));
+          if (t.b.data)
+            tile<M, kElements, 1>(block, static_cast<const E*>(t.b.data) + (column / M::step) * t.b.stride + from, t.b.stride,
+                                  ceil_div(columns, M::step), static_cast<A*>(t.partials) + (panel * padded_rows + row) * t.width + from,
+                                  t.width, padded, to - from, false);
+          if (t.count) {
+            const E* by_column = block;
+            if constexpr (M::step == 2) {
+              pair_rows(block, padded, columns, pairs);
+              by_column = pairs;
+            }
+            tile<M, 1, kColumnChunk>(by_column, static_cast<const E*>(t.s.data) + (row / M::step) * t.s.stride + from, t.s.stride,
+                                     ceil_div(rows, M::step), sums + (from - j), kRankBlock, padded_columns, to - from, true);
           }
-          tile<M, 1, kColumnChunk>(by_column, static_cast<const E*>(t.s.data) + (row / M::step) * t.s.stride + j, t.s.stride,
-                                   ceil_div(rows, M::step), sums, kRankBlock, padded_columns, width, true);
-        }
+        };
+        if (t.count && t.parts->mask.data)
+          for_parts<M>(t.parts, t.count, j, end_j,
+                       [&](const GradientPart& part, int64_t from, int64_t to) { products(part.mask, from, to); });
+        else
+          products(Mask{nullptr, 0}, j, end_j);
       }
-      if (t.s.data)
+      for_parts<M>(t.parts, t.count, j, end_j, [&](const GradientPart& part, int64_t from, int64_t to) {
+        to = min_of(to, part.column + part.rank);
         for (int64_t c = 0; c < columns; ++c)
-          for (int64_t k = 0; k < ranks; ++k)
-            put(static_cast<F*>(t.gradient) + (column + c) * t.gradient_feature_stride + (j + k) * t.gradient_rank_stride,
-                sums[c * kRankBlock + k]);
+          for (int64_t k = from; k < to; ++k)
+            put(static_cast<F*>(part.gradient) + (column + c) * part.feature_stride + (k - part.column) * part.rank_stride,
+                sums[c * kRankBlock + k - j]);
+      });
     }
   }
 }
 
 template <class A>
 void reduce(const void* partials, int64_t panels, int64_t panel_stride, int64_t padded_rank, int64_t rank, double factor, void* s,
-            int64_t begin, int64_t end) {
+            int64_t s_stride, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
     for (int64_t j = 0; j < padded_rank; j += kLanes<A>) {
       Vector<A> sum{};
       for (int64_t panel = 0; panel < panels; ++panel)
         sum += load(static_cast<const A*>(partials) + panel * panel_stride + i * padded_rank + j);
       sum *= static_cast<A>(factor);
-      A* out = static_cast<A*>(s) + i * rank + j;
+      A* out = static_cast<A*>(s) + i * s_stride + j;
       if (j + kLanes<A> <= rank)
         store(out, sum);
       else
@@ -447,6 +510,11 @@ void small(const SmallTask& t, int64_t begin, int64_t end) {
     if (t.s)
       block_products<A, F>(static_cast<const F*>(t.b) + n * t.b_stride, t.b_stride, weight_rows, static_cast<const A*>(t.s), t.rank, t.rows,
                            t.rank, sums);
+    for (int64_t k = 0; k < t.run_count; ++k) {
+      const SmallRun& run = t.runs[k];
+      block_products<A, F>(static_cast<const F*>(run.b) + n * t.b_stride, t.b_stride, weight_rows, static_cast<const A*>(run.s), run.rank,
+                           run.rows, run.rank, sums + run.first);
+    }
     for (int64_t i = 0; i < weight_rows; ++i)
       for (int64_t j = 0; j < t.rows; ++j) {
         A value = static_cast<A>(t.factor) * sum_lanes(sums[i * kSmallRows + j]);

@@ -33,39 +33,73 @@ struct Packed {
   int64_t stride;
 };
 
-// S = factor * keep(x) A^T. Tasks: blocks of kRowBlock rows.
-struct ProjectTask {
-  const void* x;
-  int64_t rows, features, x_stride, rank;
-  Packed a;  // features by ranks
+// A pass over x, dY or dX serves one projection or several, its parts. Their packed factors lie side by side: the part's ranks are the
+// lanes from `column` on. Either each part has a mask or none.
+//
+// Where a task has an index, its row i is row index[i] of x, y or g. The index has kRowBlock entries more than rows, any rows of the
+// matrix: those are asked for ahead, never used. There is no mask then.
+struct ProjectPart {
+  int64_t column, rank;
   double factor;
-  bool draw;  // draw the mask (and write it) instead of reading it
   uint64_t seed;
-  uint32_t threshold;
   Mask mask;
   void* s;  // accumulators [rows, rank]
 };
 
-// Y += keep(S B). Tasks: row blocks times blocks of kExpandColumns columns, columns fastest.
-struct ExpandTask {
-  void* y;
-  int64_t rows, features, y_stride;
-  const void* s;  // elements [rows][s_stride]
-  int64_t s_stride;
+// S = factor * keep(x) A^T. Tasks: blocks of kRowBlock rows.
+struct ProjectTask {
+  const void* x;
+  int64_t rows, features, x_stride;
+  Packed a;  // features by ranks
+  const ProjectPart* parts;
+  int64_t count, s_stride;
+  bool draw;  // draw the masks (and write them) instead of reading them
+  uint32_t threshold;
+  const int64_t* index = nullptr;
+};
+
+struct ExpandPart {
+  const void* s;  // elements [rows][s_stride], `depth` of them
+  int64_t s_stride, depth;
   Packed b;  // ranks by features
   Mask mask;
 };
 
-// gradient[feature, rank] = keep(G)^T S, and beside it partial sums of G times a factor. Tasks: column panels.
+// Y += keep(S B), summed over the parts. Tasks: row blocks times blocks of kExpandColumns columns, columns fastest.
+struct ExpandTask {
+  void* y;
+  int64_t rows, features, y_stride;
+  const ExpandPart* parts;
+  int64_t count;
+  const int64_t* index = nullptr;
+};
+
+struct GradientPart {
+  int64_t column, rank;
+  Mask mask;
+  void* gradient;
+  int64_t feature_stride, rank_stride;
+};
+
+// gradient[feature, rank] = keep(G)^T S, and beside it partial sums of G (unmasked) times a factor. Tasks: column panels.
 struct GradientTask {
   const void* g;
-  int64_t rows, features, g_stride, rank, panel;
-  Mask mask;
-  Packed s;  // rows by ranks; data null where the gradient is not wanted
-  void* gradient;
-  int64_t gradient_feature_stride, gradient_rank_stride;
+  int64_t rows, features, g_stride, panel;
+  int64_t width;  // lanes of s and b
+  Packed s;       // rows by ranks
+  const GradientPart* parts;
+  int64_t count;   // 0 where no gradient is wanted
   Packed b;        // features by ranks; data null where the partial sums are not wanted
-  void* partials;  // accumulators [panels][padded rows][padded rank]
+  void* partials;  // accumulators [panels][padded rows][width]
+  const int64_t* index = nullptr;
+};
+
+// Consecutive tokens of a few-row product that share an adapter.
+struct SmallRun {
+  int64_t first, rows;
+  const void* s;  // accumulators [rows, rank]
+  const void* b;  // [out_features][b_stride], the factor's storage
+  int64_t rank;
 };
 
 // y = factor * (x W^T + S B^T) + bias for few rows. Tasks: blocks of kSmallBlock weight rows.
@@ -79,6 +113,8 @@ struct SmallTask {
   int64_t rank, b_stride;
   double factor;  // of the products, not of the bias
   void* y;        // [rows, out_features]
+  const SmallRun* runs;  // instead of s and b: each run's own second segment
+  int64_t run_count;
 };
 
 // Kernels for one pair of storage types: x, weight, y in the first, lora_a and lora_b in the second.
@@ -89,12 +125,12 @@ struct Kernels {
   int64_t lanes;     // padding unit of ranks and features
   void (*pack_factor)(const Matrix&, Packed, int64_t begin, int64_t end);  // rows of the packed form
   void (*pack_sums)(const Matrix&, Packed, int64_t begin, int64_t end);    // the same from accumulators
-  void (*pack_ranks)(const void* s, int64_t rows, int64_t rank, Packed elements);
+  void (*pack_ranks)(const void* s, int64_t s_stride, int64_t rows, int64_t rank, Packed elements);
   void (*project)(const ProjectTask&, int64_t begin, int64_t end);
   void (*expand)(const ExpandTask&, int64_t begin, int64_t end);
   void (*gradient)(const GradientTask&, int64_t begin, int64_t end);
   void (*reduce)(const void* partials, int64_t panels, int64_t panel_stride, int64_t padded_rank, int64_t rank, double factor, void* s,
-                 int64_t begin, int64_t end);  // rows
+                 int64_t s_stride, int64_t begin, int64_t end);  // rows
   void (*small_linear)(const SmallTask&, int64_t begin, int64_t end);
   void (*small_project)(const SmallTask&, int64_t begin, int64_t end);  // S = x A^T: weight is lora_a, y holds accumulators
 };

@@ -6,53 +6,64 @@
 #include "../common/index.h"
 
 namespace peftops::lora {
-namespace {
 
 void check_dropout(const char* op, double p, const char* name) {
   PEFTOPS_CHECK(p >= 0.0 && p < 1.0, op, ": ", name, " is ", p, ", but must be in [0, 1)");
 }
+
+int64_t features_of(const char* op, const Tensor& x) {
+  PEFTOPS_CHECK(x.dim() >= 1, op, ": x must be [..., features], but has no dimension");
+  return x.size(x.dim() - 1);
+}
+
+Problem check_projection(const char* op, const Tensor& x, int64_t x_features, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const Tensor& lora_a, const Tensor& lora_b, int64_t index) {
+  const Named weight_name{index < 0 ? "weight" : "weights", index}, bias_name{index < 0 ? "bias" : "biases", index};
+  const Named a_name{"lora_a", index}, b_name{"lora_b", index};
+  const ScalarType type = x.scalar_type();
+  PEFTOPS_CHECK(is_float(type), op, ": x has dtype ", name_of(type), ", but must be float32, bfloat16, float16 or float64");
+  check_dim(op, weight_name, weight, 2, "[out_features, features]");
+  check_dim(op, a_name, lora_a, 2, "[rank, features]");
+  check_dim(op, b_name, lora_b, 2, "[out_features, rank]");
+
+  const Problem problem{weight.size(1), weight.size(0), lora_a.size(0)};
+  const auto& [features, out_features, rank] = problem;
+  PEFTOPS_CHECK(features == x_features, op, ": ", weight_name, " has ", features, " columns, but x has ", x_features, " features");
+  PEFTOPS_CHECK(lora_a.size(1) == x_features, op, ": ", a_name, " has ", lora_a.size(1), " columns, but x has ", x_features, " features");
+  PEFTOPS_CHECK(lora_b.size(0) == out_features, op, ": ", b_name, " has ", lora_b.size(0), " rows, but ", weight_name, " has ",
+                out_features);
+  PEFTOPS_CHECK(lora_b.size(1) == rank, op, ": ", b_name, " has ", lora_b.size(1), " columns, but ", a_name, " has ", rank, " rows");
+
+  check_dtype(op, weight_name, weight, type, "x has");
+  PEFTOPS_CHECK(lora_b.scalar_type() == lora_a.scalar_type(), op, ": ", b_name, " has dtype ", name_of(lora_b.scalar_type()), ", but ",
+                a_name, " has ", name_of(lora_a.scalar_type()));
+  const bool narrow = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  PEFTOPS_CHECK(lora_a.scalar_type() == type || (narrow && lora_a.scalar_type() == ScalarType::Float), op, ": ", a_name, " has dtype ",
+                name_of(lora_a.scalar_type()), ", but must have x's, ", name_of(type), narrow ? ", or float32" : "");
+  for (const auto& [name, tensor] : {std::pair{weight_name, &weight}, std::pair{a_name, &lora_a}, std::pair{b_name, &lora_b}})
+    check_same_device(op, name, *tensor, x);
+
+  if (bias) {
+    PEFTOPS_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": ", bias_name, " must have shape [", out_features, "], but has ",
+                  shape_of(*bias));
+    check_dtype(op, bias_name, *bias, type, "x has");
+    check_same_device(op, bias_name, *bias, x);
+  }
+  return problem;
+}
+
+namespace {
 
 void check_seed(const char* op, const Tensor& seed) {
   check_dtype(op, "seed", seed, ScalarType::Long, "it must be");
   PEFTOPS_CHECK(seed.dim() == 1 && seed.size(0) == 1, op, ": seed must have shape [1], but has ", shape_of(seed));
 }
 
-int64_t x_features(const char* op, const Tensor& x) {
-  PEFTOPS_CHECK(x.dim() >= 1, op, ": x must be [..., features], but has no dimension");
-  return x.size(x.dim() - 1);
-}
-
 // x_features is x's last size; it is given apart, because backward has no x where no gradient needs it.
 Problem check_problem(const char* op, const Tensor& x, int64_t x_features, const Tensor& weight, const std::optional<Tensor>& bias,
                       const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& tensor_scale, double dropout_p,
                       const std::optional<Tensor>& seed) {
-  const ScalarType type = x.scalar_type();
-  PEFTOPS_CHECK(is_float(type), op, ": x has dtype ", name_of(type), ", but must be float32, bfloat16, float16 or float64");
-  check_dim(op, "weight", weight, 2, "[out_features, features]");
-  check_dim(op, "lora_a", lora_a, 2, "[rank, features]");
-  check_dim(op, "lora_b", lora_b, 2, "[out_features, rank]");
-
-  const Problem problem{weight.size(1), weight.size(0), lora_a.size(0)};
-  const auto& [features, out_features, rank] = problem;
-  PEFTOPS_CHECK(features == x_features, op, ": weight has ", features, " columns, but x has ", x_features, " features");
-  PEFTOPS_CHECK(lora_a.size(1) == x_features, op, ": lora_a has ", lora_a.size(1), " columns, but x has ", x_features, " features");
-  PEFTOPS_CHECK(lora_b.size(0) == out_features, op, ": lora_b has ", lora_b.size(0), " rows, but weight has ", out_features);
-  PEFTOPS_CHECK(lora_b.size(1) == rank, op, ": lora_b has ", lora_b.size(1), " columns, but lora_a has ", rank, " rows");
-
-  check_dtype(op, "weight", weight, type, "x has");
-  check_dtype(op, "lora_b", lora_b, lora_a.scalar_type(), "lora_a has");
-  const bool narrow = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  PEFTOPS_CHECK(lora_a.scalar_type() == type || (narrow && lora_a.scalar_type() == ScalarType::Float), op, ": lora_a has dtype ",
-                name_of(lora_a.scalar_type()), ", but must have x's, ", name_of(type), narrow ? ", or float32" : "");
-  for (const auto& [name, tensor] : {std::pair{"weight", &weight}, std::pair{"lora_a", &lora_a}, std::pair{"lora_b", &lora_b}})
-    check_same_device(op, name, *tensor, x);
-
-  if (bias) {
-    PEFTOPS_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features, "], but has ",
-                  shape_of(*bias));
-    check_dtype(op, "bias", *bias, type, "x has");
-    check_same_device(op, "bias", *bias, x);
-  }
+  const Problem problem = check_projection(op, x, x_features, weight, bias, lora_a, lora_b);
   if (tensor_scale) {
     PEFTOPS_CHECK(tensor_scale->dim() == 0, op, ": scale must be a number or have shape [], but has ", shape_of(*tensor_scale));
     check_dtype(op, "scale", *tensor_scale, ScalarType::Float, "it must be");
@@ -74,7 +85,7 @@ constexpr const char* kAutocastReason = " (autocast must not reach below the ope
 Problem check_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,
                       const std::optional<Tensor>& tensor_scale, double dropout_p, const std::optional<Tensor>& seed) {
   const char* op = "lora_linear";
-  return check_problem(op, x, x_features(op, x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
+  return check_problem(op, x, features_of(op, x), weight, bias, lora_a, lora_b, tensor_scale, dropout_p, seed);
 }
 
 Problem check_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
@@ -82,8 +93,9 @@ Problem check_backward(const Tensor& grad, const std::optional<Tensor>& x, const
   const char* op = "lora_linear_backward";
   PEFTOPS_CHECK(x.has_value() || !needs_x, op, ": x is needed for the gradients of weight and lora_a");
   check_dim(op, "weight", weight, 2, "[out_features, features]");
-  const Problem problem = check_problem(op, x ? *x : grad, x ? x_features(op, *x) : weight.size(1), weight, std::nullopt, lora_a, lora_b,
-                                        tensor_scale, 0.0, std::nullopt);
+  const std::optional<Tensor> none;
+  const Problem problem =
+      check_problem(op, x ? *x : grad, x ? features_of(op, *x) : weight.size(1), weight, none, lora_a, lora_b, tensor_scale, 0.0, none);
   const auto& [features, out_features, rank] = problem;
   check_dropout(op, dropout_p, "dropout_p");
   check_dtype(op, "grad", grad, weight.scalar_type(), "weight has");

@@ -13,6 +13,22 @@ struct Problem {
   int64_t features, out_features, rank;
 };
 
+// How errors name a tensor of one projection: "lora_a", or "lora_a[1]" where an operator takes several.
+struct Named {
+  const char* name;
+  int64_t index;  // -1: the only one
+};
+inline std::ostream& operator<<(std::ostream& out, const Named& named) {
+  out << named.name;
+  return named.index < 0 ? out : out << '[' << named.index << ']';
+}
+
+// What every operator of the room asks of one projection of x. x_features is x's last size, given apart: backward may have no x.
+Problem check_projection(const char* op, const Tensor& x, int64_t x_features, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const Tensor& lora_a, const Tensor& lora_b, int64_t index = -1);
+int64_t features_of(const char* op, const Tensor& x);
+void check_dropout(const char* op, double p, const char* name);
+
 // Each raises an error that names the argument, what it got and what it wanted. `lora_linear_forward` answers in the name of
 // `lora_linear`, which callers know.
 Problem check_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b,

@@ -14,11 +14,13 @@ import harness
 import lora
 import lora_contenders
 import lora_gpu
+import lora_kinds
 import pytest
 import report
 import torch
 from harness import BASE, CONTROL, Case, Contender, Effort, Unavailable
-from lora_contenders import OURS, OURS_FP32, PEFT, PEFT_FP32, Problem
+from lora_contenders import Problem
+from lora_kinds import OURS, OURS_FP32, PEFT, PEFT_AUTOCAST, PEFT_FP32, UNSLOTH
 
 from .conftest import BENCH
 
@@ -122,6 +124,8 @@ def test_a_whole_run_with_the_cpu_in_the_place_of_the_gpu(monkeypatch, no_pool, 
         (lora_gpu, "TOKENS", (24,)),
         (lora_gpu, "SHAPES", ((64, 48),)),
         (lora_gpu, "BlockShape", lambda **sizes: small),
+        (lora_gpu, "QKV", (24, 64, (48, 16, 16))),
+        (lora_gpu, "MIXED", ((3, 2, 64, 2),)),
         (lora_gpu, "effort", lambda case: Effort(seconds=0, fewest=2, most=2, sample_seconds=0, attempts=1)),
         (sys, "argv", ["lora.py", "--device", "cuda", "--threads", "1", "--output", str(tmp_path / "lora.json")]),
     ):
@@ -130,7 +134,8 @@ def test_a_whole_run_with_the_cpu_in_the_place_of_the_gpu(monkeypatch, no_pool, 
     made, shown = json.loads((tmp_path / "lora.json").read_text()), capsys.readouterr().out
     assert made["not_measured"] == {} and {c["group"] for c in made["cases"]} == set(lora_gpu.PARTS)
     assert made["device"]["driver"] == "580" and made["ceilings"]["copy_bytes_per_second"] == BANDWIDTH
-    assert all(set(c["contenders"]) >= {OURS, PEFT, OURS_FP32, PEFT_FP32} for c in made["cases"])
+    linear = [c for c in made["cases"] if c["group"] not in ("shared", "mixed")]
+    assert all(set(c["contenders"]) >= {OURS, PEFT, OURS_FP32, PEFT_FP32} for c in linear)
     assert {c["contenders"][OURS]["peak_bytes"] for c in made["cases"] if c["group"] == "block"} == {12345}
     assert "NVIDIA H200, 132 multiprocessors" in shown and report.TITLES["eager"] in shown
     report.results_page([made])
@@ -146,11 +151,11 @@ def test_the_cases_are_those_asked_for():
             assert ("forward", m, k, n, 16, 0.0) in found
             assert {("train", m, k, n, 16, p) for p in (0.0, 0.1)} <= found
         assert {("eager", m, 4096, 4096, 16, p) for p in (0.0, 0.1)} <= found
-    assert {("train", 2048, 4096, 4096, r, p) for r in (8, 64) for p in (0.0, 0.1)} <= found
+    assert {("train", m, 4096, 4096, r, p) for m in (2048, 8192) for r in (8, 64) for p in (0.0, 0.1)} <= found
     assert sum(c.group == "block" for c in cases) == 4 and sum(c.group == "saved" for c in cases) == 2
     assert {c.group for c in lora_gpu.cases(BANDWIDTH, RATE, CACHE, ("train",), False)} == {"train"}
     quick = lora_gpu.cases(BANDWIDTH, RATE, CACHE, lora_gpu.PARTS, quick=True)
-    assert {c.group for c in quick} == set(lora_gpu.PARTS) and len(quick) < 12
+    assert {c.group for c in quick} == set(lora_gpu.PARTS) and len(quick) < 16
 
 
 def test_targets_over_the_peer_and_the_memory_bound():
@@ -160,6 +165,18 @@ def test_targets_over_the_peer_and_the_memory_bound():
         (OURS, PEFT, 1.0),
         (OURS_FP32, PEFT_FP32, 1.0),
     }
+    over = {name: {(t.contender, t.over): t.at_most for t in case.targets} for name, case in cases.items()}
+    assert over["forward M=8192 4096->4096 r=16 p=0"] == {(OURS, BASE): 1.08}
+    assert over["train M=8192 4096->4096 r=16 p=0"] == {(OURS, BASE): 1.12}
+    assert over["train M=8192 4096->14336 r=16 p=0.1"] == {
+        (OURS, BASE): pytest.approx(1.15),
+        (OURS, PEFT_AUTOCAST): 1 / 1.6,
+        (OURS, PEFT): 1 / 1.25,
+        (OURS, UNSLOTH): 1 / 1.2,
+    }
+    assert over["train M=8192 4096->4096 r=64 p=0"] == {(OURS, BASE): 1.15}
+    assert over["forward M=1 4096->4096 r=16 p=0"] == {(OURS, BASE): 1.15}
+    assert over["eager M=8192 4096->4096 r=16 p=0.1"] == {}
     saved = cases["saved M=2048 4096->4096 r=16 p=0.1"]
     assert {t.at_most for t in saved.targets} == {2048 * 4096 * 2 + 4 * 2048 * 16 + 2048 * 4096 // 8}
 
@@ -177,11 +194,11 @@ def test_floors_of_a_gpu():
 def test_contenders_of_any_rank_and_shape_agree_with_the_law(rank):
     problem = Problem(24, 96, 80, torch.bfloat16, 0.1, rank)
     contenders, _ = lora_contenders.train_contenders(problem, False, 1 << 14)
-    assert [c.name for c in contenders] == [BASE, OURS, PEFT, OURS_FP32, PEFT_FP32]
+    assert [c.name for c in contenders] == [BASE, OURS, PEFT, UNSLOTH, OURS_FP32, PEFT_FP32, PEFT_AUTOCAST]
     assert max(c.check() for c in contenders) > 0
-    layer = lora_contenders.peftops_layer(lora_contenders.shell(problem.weight()), 0.0, None, rank)
+    layer = lora_kinds.peftops_layer(lora_kinds.shell(problem.weight()), 0.0, None, rank)
     adapter = layer.adapters["default"]
-    assert adapter.rank == rank and adapter.scaling == lora_contenders.SCALE
+    assert adapter.rank == rank and adapter.scaling == lora_kinds.SCALE
 
 
 def test_without_a_gpu_one_line_says_so():

@@ -8,9 +8,20 @@ from collections.abc import Callable, Iterator
 import torch
 from peftops.ops.contract import CONTRACTS, Contract, Sample
 from peftops.testing.gradients import integer_upstream
-from peftops.testing.samples import Bound, bind, call, floating, fresh, map_tensors, tensors
+from peftops.testing.samples import (
+    Bound,
+    asking,
+    bind,
+    call_grouped,
+    carrying,
+    floating,
+    fresh,
+    is_scale,
+    map_tensors,
+    tensors,
+)
 from peftops.testing.suite import CHECKS, chosen
-from peftops.testing.values import exact_call, forward_of, results_of
+from peftops.testing.values import exact_call, results_of
 
 
 def short(contract: Contract, dtype: torch.dtype) -> str:
@@ -28,22 +39,23 @@ class ExactCall:
         given = integer_upstream(seed)
         bound, self.expected = exact_call(contract, sample, seed, results_of(contract.reference, contract, given))
         self.bound = fresh(bound)  # integer arguments are still the sample's own
-        results = forward_of(contract.reference, contract)(self.bound)
-        self.upstream = [given(results[index]) for index in contract.differentiable_results if self.names]
+        with torch.no_grad():
+            carriers = carrying(contract, call_grouped(contract.reference, contract, self.bound)) if self.names else []
+        self.upstream = [given(result, index) for index, result in enumerate(carriers)]
 
     @property
-    def names(self) -> list[str]:
-        return [name for name in self.contract.differentiable if name in floating(self.bound)]
+    def names(self) -> tuple[str, ...]:
+        return asking(self.contract, self.bound)
 
     def evaluate(self, function: Callable | None = None) -> tuple:
         """Results and gradients: nothing is copied from the host, so a CUDA graph can hold it."""
         leaves = map_tensors(lambda name, t: t.detach().requires_grad_(name in self.names), self.bound)
         with torch.enable_grad():
-            results = call(function or self.contract.op, self.contract, leaves)
-        driven = [results[index] for index in self.contract.differentiable_results if results[index].requires_grad]
-        wanted = [leaves[name] for name in self.names]
+            groups = call_grouped(function or self.contract.op, self.contract, leaves)
+        driven = [result for result in carrying(self.contract, groups) if result.requires_grad]
+        wanted = [tensors(leaves)[name] for name in self.names]
         grads = torch.autograd.grad(driven, wanted, self.upstream, allow_unused=True) if driven else ()
-        return tuple(result.detach() for result in results) + tuple(grads)
+        return tuple(result.detach() for group in groups for result in group) + tuple(grads)
 
     def overwrite(self, other: ExactCall) -> None:
         """Put the other call's values into this one's memory."""
@@ -88,9 +100,9 @@ def variants(contract: Contract, sample: Sample, seed: int) -> Iterator[tuple[st
     yield "first", ExactCall(contract, sample, seed)
     yield "other values", ExactCall(contract, sample, seed + 1)
     for name, tensor in tensors(bound).items():
-        if name == "seed":
+        if name in ("seed", "seeds"):
             yield "another dropout seed", ExactCall(contract, _with(bound, name, tensor ^ 0x5DEECE66D, sample), seed)
-        if tensor.ndim == 0 and tensor.is_floating_point():
+        if is_scale(name, tensor) and tensor.is_floating_point():
             yield f"{name} 0", ExactCall(contract, _with(bound, name, torch.zeros_like(tensor), sample), seed)
     yield "back", ExactCall(contract, sample, seed)
 

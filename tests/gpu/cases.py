@@ -12,7 +12,7 @@ from peftops.ops.contract import CONTRACTS, Contract, Sample
 from peftops.testing import plan, suite
 from peftops.testing.dispatch import check_errors, check_samples
 from peftops.testing.gradients import randn_upstream
-from peftops.testing.samples import bind, fresh, map_tensors, same_bits
+from peftops.testing.samples import bind, call_grouped, carrying, fresh, map_tensors, same_bits, tensors
 from peftops.testing.tolerance import assert_law, oracle
 from peftops.testing.values import forward_of, results_of
 from torch.utils.checkpoint import checkpoint
@@ -90,8 +90,8 @@ def _law(contract: Contract, sample: Sample, seed: int) -> None:
     upstream = randn_upstream(seed)
     expected = oracle(results_of(contract.reference, contract, upstream), bound, seed)
     assert_law(results_of(contract.op, contract, upstream)(bound), expected, "results and gradients")
-    count = len(contract.op._schema.returns)
-    assert_law(forward_of(contract.op, contract)(bound), expected.select(range(count)), "results without gradients")
+    plain = forward_of(contract.op, contract)(bound)
+    assert_law(plain, expected.select(range(len(plain))), "results without gradients")
 
 
 def stream(setting: Setting) -> Iterator[Case]:
@@ -137,12 +137,12 @@ def repeats(setting: Setting) -> Iterator[Case]:
     """The same call many times gives the same bits while other work shares the memory bus."""
 
     def run(contract: Contract, sample: Sample) -> None:
-        drawn: dict[torch.Size, torch.Tensor] = {}
+        drawn: dict[int, torch.Tensor] = {}
 
-        def upstream(result: torch.Tensor) -> torch.Tensor:
-            if result.shape not in drawn:
-                drawn[result.shape] = randn_upstream(setting.seed)(result)
-            return drawn[result.shape]
+        def upstream(result: torch.Tensor, index: int) -> torch.Tensor:
+            if index not in drawn:
+                drawn[index] = randn_upstream(setting.seed)(result, index)
+            return drawn[index]
 
         evaluate, bound = results_of(contract.op, contract, upstream), bind(contract, sample)
         first = evaluate(bound)
@@ -183,15 +183,17 @@ def leak(setting: Setting) -> Iterator[Case]:
 
         def step() -> None:
             leaves = map_tensors(lambda name, t: t.requires_grad_(name in call.names), fresh(call.bound))
-            inputs = [leaves[name] for name in call.names]
+            inputs = [tensors(leaves)[name] for name in call.names]
+
+            def forward() -> list[tuple]:
+                return call_grouped(contract.op, contract, leaves)
+
             if way == "no grad":
                 with torch.no_grad():
-                    result = contract.op(**leaves)
-            elif way == "checkpoint":
-                result = checkpoint(lambda: contract.op(**leaves), use_reentrant=False)
+                    groups = forward()
             else:
-                result = contract.op(**leaves)
-            first = result if isinstance(result, torch.Tensor) else result[0]
+                groups = checkpoint(forward, use_reentrant=False) if way == "checkpoint" else forward()
+            first, *_ = carrying(contract, groups)
             if way != "no grad":
                 alive.append(weakref.ref(first.grad_fn))
                 torch.autograd.grad(first, inputs, call.upstream[0], allow_unused=True)

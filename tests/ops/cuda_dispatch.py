@@ -24,7 +24,19 @@ import torch
 from peftops.ops.contract import CONTRACTS, Contract, Sample
 from peftops.testing import Check, run
 from peftops.testing.gradients import gradients, sum_upstream
-from peftops.testing.samples import Bound, bind, call, floating, fresh, map_tensors, tensors
+from peftops.testing.samples import (
+    Bound,
+    argument_of,
+    asking,
+    bind,
+    call,
+    call_grouped,
+    carrying,
+    floating,
+    fresh,
+    map_tensors,
+    tensors,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses import FakeTensorMode
@@ -53,18 +65,11 @@ def facts(result: torch.Tensor | None) -> Facts | None:
     return None if result is None else (result.dtype, result.shape, result.stride())
 
 
-def asking_of(contract: Contract, bound: Bound) -> tuple[str, ...]:
-    return tuple(name for name in contract.differentiable if name in floating(bound))
-
-
 def evaluate(function: Callable, contract: Contract, bound: Bound, names: tuple[str, ...]) -> list[torch.Tensor | None]:
     """Results of `function` and, where `names` ask for them, gradients. `bound` is fake and set up by `on_cuda`."""
-    results = call(function, contract, bound)
-    driven = [results[index] for index in contract.differentiable_results if results[index].requires_grad]
-    if not driven:
-        return [*results, *(None for _ in names)]
-    wanted = [bound[name] for name in names]
-    return [*results, *torch.autograd.grad(driven, wanted, [sum_upstream(r) for r in driven], allow_unused=True)]
+    groups = call_grouped(function, contract, bound)
+    grads = backward(contract, groups, bound, names) or [None for _ in names]
+    return [*(result for group in groups for result in group), *grads]
 
 
 def real(contract: Contract, bound: Bound, names: tuple[str, ...]) -> list[torch.Tensor | None]:
@@ -87,7 +92,7 @@ def assert_alike(got: list, wanted: list, what: str) -> None:
 def check_fake(contract: Contract, sample: Sample, seed: int) -> None:
     """Results and gradients are on the GPU, with the CPU operator's dtypes, shapes and strides."""
     bound, mode = bind(contract, sample), FakeTensorMode()
-    for names in dict.fromkeys([(), asking_of(contract, bound)]):
+    for names in dict.fromkeys([(), asking(contract, bound)]):
         wanted = real(contract, bound, names)
         with mode:
             got = evaluate(contract.op, contract, on_cuda(mode, bound, names), names)
@@ -100,7 +105,7 @@ def check_compile(contract: Contract, sample: Sample, seed: int) -> None:
     The graphs, run on fake tensors, return what the eager operator returns; under autocast, too.
     """
     bound, mode = bind(contract, sample), FakeTensorMode()
-    names = asking_of(contract, bound)
+    names = asking(contract, bound)
     for dtype in (None, torch.bfloat16) if floating(bound) else (None,):
         graphs: list[torch.fx.GraphModule] = []
         torch._dynamo.reset()
@@ -147,9 +152,10 @@ def check_export(contract: Contract, sample: Sample, seed: int) -> None:
 
     class Module(torch.nn.Module):
         def forward(self, *inputs):
-            return call(contract.op, contract, {**bound, **dict(zip(names, inputs, strict=True))})
+            given = dict(zip(names, inputs, strict=True))
+            return call(contract.op, contract, map_tensors(lambda name, _: given[name], bound))
 
-    inputs = tuple(fakes[name] for name in names)
+    inputs = tuple(tensors(fakes).values())
     with mode, torch.no_grad():
         program = torch.export.export(Module(), inputs)
         assert_alike(list(program.module()(*inputs)), list(Module()(*inputs)), "exported")
@@ -179,40 +185,41 @@ def check_autocast(contract: Contract, sample: Sample, seed: int) -> None:
     inside or outside autocast.
     """
     bound, mode = bind(contract, sample), FakeTensorMode()
-    names = asking_of(contract, bound)
+    names, arguments = asking(contract, bound), tensors(bound)
     for dtype in HALVES:
         for inside in (False, True):
             what = f"autocast to {dtype}, backward {'inside' if inside else 'outside'}"
             fakes = on_cuda(mode, bound, names)
             with mode, Kernels(contract.schema.partition("::")[0]) as kernels:
                 with torch.autocast("cuda", dtype):
-                    results = call(contract.op, contract, fakes)
-                    grads = backward(contract, results, fakes, names) if inside else []
+                    groups = call_grouped(contract.op, contract, fakes)
+                    grads = backward(contract, groups, fakes, names) if inside else []
                 if not inside:
-                    grads = backward(contract, results, fakes, names)
+                    grads = backward(contract, groups, fakes, names)
             explicit = on_cuda(mode, cast_as_autocast(contract, bound, dtype), names)
             with mode:
                 wanted = call(contract.op, contract, explicit)
-            assert_alike(list(results), list(wanted), what)
+            assert_alike([result for group in groups for result in group], list(wanted), what)
             for name, grad in zip(names, grads, strict=False):
-                assert grad is None or (grad.dtype, grad.device) == (bound[name].dtype, CUDA), (
-                    f"{what}: gradient of {name} is {grad.dtype} on {grad.device}, argument {bound[name].dtype}"
+                assert grad is None or (grad.dtype, grad.device) == (arguments[name].dtype, CUDA), (
+                    f"{what}: gradient of {name} is {grad.dtype} on {grad.device}, argument {arguments[name].dtype}"
                 )
             assert kernels.calls, f"{what}: no kernel was called"
             for name, got in kernels.calls[0][1].items():
-                assert name not in explicit or got == explicit[name].dtype, f"{what}: the kernel gets {name} in {got}"
+                given = tensors(explicit).get(name)
+                assert given is None or got == given.dtype, f"{what}: the kernel gets {name} in {got}"
 
 
-def backward(contract: Contract, results: tuple, bound: Bound, names: tuple[str, ...]) -> list:
-    driven = [results[index] for index in contract.differentiable_results if results[index].requires_grad]
-    wanted = [bound[name] for name in names]
+def backward(contract: Contract, groups: list[tuple], bound: Bound, names: tuple[str, ...]) -> list:
+    driven = [result for result in carrying(contract, groups) if result.requires_grad]
+    wanted = [tensors(bound)[name] for name in names]
     ups = [sum_upstream(result) for result in driven]
     return list(torch.autograd.grad(driven, wanted, ups, allow_unused=True)) if driven else []
 
 
 def cast_as_autocast(contract: Contract, bound: Bound, dtype: torch.dtype) -> Bound:
     def cast(name: str, t: torch.Tensor) -> torch.Tensor:
-        return t.to(dtype) if name in contract.autocast and t.is_floating_point() else t
+        return t.to(dtype) if argument_of(name) in contract.autocast and t.is_floating_point() else t
 
     return map_tensors(cast, bound)
 

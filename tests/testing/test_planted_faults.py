@@ -8,10 +8,11 @@ from peftops.testing import CHECKS, plan, run
 from peftops.testing.dispatch import check_errors, check_samples, check_schema
 from peftops.testing.laws import assert_offsets
 
-from tests.testing import faults
+from tests.testing import faults, list_faults
 
 CPU = torch.device("cpu")
-CLEAN_PLAN = list(plan([faults.CLEAN]))
+CLEAN = (faults.CLEAN, list_faults.CLEAN)
+CLEAN_PLAN = list(plan(CLEAN))
 
 # (contract, check that catches it, what the check says)
 CAUGHT = (
@@ -29,13 +30,18 @@ CAUGHT = (
     (faults.UNINITIALISED_COLUMN, "poison", "result 0 on integers.*got nan"),
     (faults.UNDECLARED_MUTATION, "mutation", "lora_b was changed by the call"),
     (faults.SWALLOWED_NAN, "special", "got 0.0, reference nan"),
+    *list_faults.CAUGHT,
 )
+
+
+def _short(contract) -> str:
+    return contract.schema.removeprefix("peftops_").replace("faults::", "")
 
 
 @pytest.mark.parametrize(
     ("contract", "check", "text"),
     CAUGHT,
-    ids=[f"{c.schema.removeprefix('peftops_faults::')}-{check}" for c, check, _ in CAUGHT],
+    ids=[f"{_short(contract)}-{check}" for contract, check, _ in CAUGHT],
 )
 def test_fault_is_caught(contract, check, text, seed):
     dtype = CHECKS[check].dtypes[0] if CHECKS[check].dtypes else torch.float32
@@ -57,14 +63,15 @@ def test_gradcheck_alone_misses_the_upstream_stride(seed):
 @pytest.mark.parametrize(
     ("contract", "dtype", "check"),
     CLEAN_PLAN,
-    ids=[f"{check.name}-{dtype}".replace("torch.", "") for _, dtype, check in CLEAN_PLAN],
+    ids=[f"{_short(contract)}-{check.name}-{dtype}".replace("torch.", "") for contract, dtype, check in CLEAN_PLAN],
 )
 def test_clean_twin_passes(contract, dtype, check, seed):
     run(check, contract, CPU, dtype, seed)
 
 
-def test_clean_twin_keeps_the_rest_of_its_contract(seed):
-    check_schema(faults.CLEAN)
-    check_errors(faults.CLEAN, CPU)
-    for dtype in faults.CLEAN.dtypes:
-        check_samples(faults.CLEAN, CPU, dtype, seed)
+@pytest.mark.parametrize("contract", CLEAN, ids=_short)
+def test_clean_twin_keeps_the_rest_of_its_contract(contract, seed):
+    check_schema(contract)
+    check_errors(contract, CPU)
+    for dtype in contract.dtypes:
+        check_samples(contract, CPU, dtype, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,6 +11,8 @@ from peftops.ops.contract import Contract, Sample
 from peftops.testing.gradients import gradients, randn_upstream
 from peftops.testing.samples import (
     Bound,
+    argument_of,
+    asking,
     bind,
     call,
     floating,
@@ -27,7 +29,8 @@ AUTOCAST = (torch.bfloat16, torch.float16)
 
 def _asking(contract: Contract, bound: Bound) -> Bound:
     return map_tensors(
-        lambda name, t: t.requires_grad_(name in contract.differentiable and t.is_floating_point()), fresh(bound)
+        lambda name, t: t.requires_grad_(argument_of(name) in contract.differentiable and t.is_floating_point()),
+        fresh(bound),
     )
 
 
@@ -90,13 +93,18 @@ def check_autocast(contract: Contract, sample: Sample, seed: int) -> None:
     """
     for dtype in AUTOCAST:
         plain = bind(contract, sample)
-        mixes = [plain] + [_converted(plain, (name,), dtype) for name in contract.autocast if name in floating(plain)]
+        cast = [name for name in floating(plain) if argument_of(name) in contract.autocast]
+        mixes = [plain] + [_converted(plain, (name,), dtype) for name in cast]
         for bound in mixes:
             _compare_autocast(contract, bound, dtype, seed)
 
 
 def _converted(bound: Bound, names: tuple[str, ...], dtype: torch.dtype) -> Bound:
-    return map_tensors(lambda name, t: t.to(dtype) if name in names and t.is_floating_point() else t, bound)
+    def convert(name: str, t: torch.Tensor) -> torch.Tensor:
+        chosen = name in names or argument_of(name) in names
+        return t.to(dtype) if chosen and t.is_floating_point() else t
+
+    return map_tensors(convert, bound)
 
 
 def _compare_autocast(contract: Contract, bound: Bound, dtype: torch.dtype, seed: int) -> None:
@@ -112,7 +120,7 @@ def _compare_autocast(contract: Contract, bound: Bound, dtype: torch.dtype, seed
         args, kwargs = _arguments(contract, converted)
         return contract.op(*args, **kwargs)
 
-    names = [name for name in contract.differentiable if name in floating(bound)]
+    names, arguments = asking(contract, bound), tensors(bound)
     forward, backward = _forward(contract), _backward(contract, names, seed)
 
     def all_inside(function: Callable, bound: Bound) -> tuple:
@@ -133,8 +141,8 @@ def _compare_autocast(contract: Contract, bound: Bound, dtype: torch.dtype, seed
             place = index - (len(wanted) - len(names))
             if outside is not forward and place >= 0:
                 name = names[place]
-                assert a is None or a.dtype == bound[name].dtype, (
-                    f"gradient of {name} is {a.dtype}, argument {bound[name].dtype}"
+                assert a is None or a.dtype == arguments[name].dtype, (
+                    f"gradient of {name} is {a.dtype}, argument {arguments[name].dtype}"
                 )
     reference = oracle(lambda b: forward(contract.reference, b), _converted(bound, contract.autocast, dtype), seed)
     assert_law(forward(inside, fresh(bound)), reference, f"output under autocast {dtype}")
@@ -148,7 +156,7 @@ def _forward(contract: Contract) -> Callable:
     return evaluate
 
 
-def _backward(contract: Contract, names: list[str], seed: int) -> Callable:
+def _backward(contract: Contract, names: Sequence[str], seed: int) -> Callable:
     def evaluate(function: Callable, bound: Bound) -> tuple:
         results, grads = gradients(function, contract, bound, names, randn_upstream(seed))
         return results + grads
@@ -162,7 +170,7 @@ def check_compile(contract: Contract, sample: Sample, seed: int, backend: str = 
     torch._dynamo.reset()
     try:
         compiled = torch.compile(contract.op, fullgraph=True, backend=backend)
-        names = [name for name in contract.differentiable if name in floating(bound)]
+        names = asking(contract, bound)
         evaluate = _backward(contract, names, seed) if names else _forward(contract)
         wanted, got = evaluate(contract.op, fresh(bound)), evaluate(compiled, fresh(bound))
         for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
@@ -180,13 +188,14 @@ def check_inductor(contract: Contract, sample: Sample, seed: int) -> None:
 def check_export(contract: Contract, sample: Sample, seed: int) -> None:
     """torch.export of a module around the operator gives the same bits and keeps the operator whole."""
     bound = fresh(bind(contract, sample))
-    names = [name for name, value in bound.items() if isinstance(value, torch.Tensor)]
+    names = tuple(tensors(bound))
 
     class Module(torch.nn.Module):
         def forward(self, *inputs):
-            return call(contract.op, contract, {**bound, **dict(zip(names, inputs, strict=True))})
+            given = dict(zip(names, inputs, strict=True))
+            return call(contract.op, contract, map_tensors(lambda name, _: given[name], bound))
 
-    inputs = tuple(bound[name] for name in names)
+    inputs = tuple(tensors(bound).values())
     with torch.no_grad():
         program = torch.export.export(Module(), inputs)
         wanted, got = Module()(*inputs), program.module()(*inputs)
@@ -203,7 +212,7 @@ def check_export(contract: Contract, sample: Sample, seed: int) -> None:
 def check_dynamic(contract: Contract, sample: Sample, seed: int) -> None:
     """After mark_dynamic on the tokens' dimension a second token count neither recompiles nor changes a bit."""
     bound = bind(contract, sample)
-    names = [name for name in contract.differentiable if name in floating(bound)]
+    names = asking(contract, bound)
     evaluate = _backward(contract, names, seed) if names else _forward(contract)
     torch._dynamo.reset()
     try:

@@ -9,24 +9,27 @@ import torch
 from peftops.ops.contract import Contract, Sample
 from peftops.testing.samples import (
     Bound,
+    asking,
     bind,
-    call,
+    call_grouped,
+    carrying,
     clone_layout,
-    floating,
     fresh,
     map_tensors,
+    tensors,
 )
 from peftops.testing.seeds import generator
 from peftops.testing.tolerance import assert_law, oracle
 
-Upstream = Callable[[torch.Tensor], torch.Tensor]
+#: (result, its number among those with a gradient) -> gradient
+Upstream = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def randn_upstream(seed: int) -> Upstream:
     """Random gradients, on a grid that every dtype has: the float64 oracle must see what the kernel sees."""
 
-    def make(result: torch.Tensor) -> torch.Tensor:
-        values = torch.randn(result.shape, generator=generator(seed, "upstream"), dtype=torch.float64)
+    def make(result: torch.Tensor, index: int = 0) -> torch.Tensor:
+        values = torch.randn(result.shape, generator=generator(seed + index, "upstream"), dtype=torch.float64)
         return values.to(torch.bfloat16).to(torch.float16).to(result.device, result.dtype)
 
     return make
@@ -35,8 +38,8 @@ def randn_upstream(seed: int) -> Upstream:
 def integer_upstream(seed: int) -> Upstream:
     """Gradients in {-1, 0, 1}, mostly 0, for exact comparison."""
 
-    def make(result: torch.Tensor) -> torch.Tensor:
-        source = generator(seed, "upstream")
+    def make(result: torch.Tensor, index: int = 0) -> torch.Tensor:
+        source = generator(seed + index, "upstream")
         values = torch.randint(-1, 2, result.shape, generator=source) * (
             torch.rand(result.shape, generator=source) < 0.25
         )
@@ -45,7 +48,7 @@ def integer_upstream(seed: int) -> Upstream:
     return make
 
 
-def sum_upstream(result: torch.Tensor) -> torch.Tensor:
+def sum_upstream(result: torch.Tensor, index: int = 0) -> torch.Tensor:
     """What `result.sum().backward()` hands over: a single 1 with stride 0 in every dimension."""
     return torch.ones((), dtype=result.dtype, device=result.device).expand(result.shape)
 
@@ -69,12 +72,13 @@ def gradients(
 
     leaves = map_tensors(leaf, bound)
     with torch.enable_grad():
-        results = call(function, contract, leaves)
-    driven = [results[index] for index in contract.differentiable_results if results[index].requires_grad]
-    given = [upstream(result) for result in driven]
-    wanted = [leaves[name] for name in names]
+        groups = call_grouped(function, contract, leaves)
+    driven = [(i, result) for i, result in enumerate(carrying(contract, groups)) if result.requires_grad]
+    given = [upstream(result, i) for i, result in driven]
+    wanted = [tensors(leaves)[name] for name in names]
+    driven = [result for _, result in driven]
     grads = torch.autograd.grad(driven, wanted, given, allow_unused=True) if driven else (None,) * len(wanted)
-    return tuple(result.detach() for result in results), tuple(grads)
+    return tuple(result.detach() for group in groups for result in group), tuple(grads)
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -91,11 +95,11 @@ def check_gradients(contract: Contract, sample: Sample, seed: int) -> None:
     `check_upstream`.
     """
     bound = bind(contract, sample)
-    names = tuple(name for name in contract.differentiable if name in floating(bound))
+    names, arguments = asking(contract, bound), tensors(bound)
     recording = map_tensors(lambda name, t: t.requires_grad_(name in names), fresh(bound))
-    for index, result in enumerate(call(contract.op, contract, recording)):
+    for index, group in enumerate(call_grouped(contract.op, contract, recording)):
         carries = index in contract.differentiable_results
-        assert result.requires_grad == carries, (
+        assert all(result.requires_grad == carries for result in group), (
             f"result {index} {'does not carry' if carries else 'carries'} a gradient"
         )
     for label, upstream, plans in (("randn", randn_upstream(seed), subsets(names)), ("sum", sum_upstream, [names])):
@@ -103,9 +107,9 @@ def check_gradients(contract: Contract, sample: Sample, seed: int) -> None:
         for asked in plans:
             grads = gradients(contract.op, contract, bound, asked, upstream)[1]
             for index, (name, grad) in enumerate(zip(asked, grads, strict=True)):
-                assert grad is None or (grad.dtype == bound[name].dtype and grad.shape == bound[name].shape), (
-                    f"gradient of {name}: {grad.dtype} {tuple(grad.shape)}, "
-                    f"argument {bound[name].dtype} {tuple(bound[name].shape)}"
+                given = arguments[name]
+                assert grad is None or (grad.dtype == given.dtype and grad.shape == given.shape), (
+                    f"gradient of {name}: {grad.dtype} {tuple(grad.shape)}, argument {given.dtype} {tuple(given.shape)}"
                 )
                 what = f"gradient of {name} ({', '.join(asked)} asked, upstream: {label})"
                 assert_law(grads[index : index + 1], whole.select([names.index(name)]), what)
@@ -118,12 +122,13 @@ GRADCHECK_ELEMENTS = 700
 def check_gradcheck(contract: Contract, sample: Sample, seed: int) -> None:
     """torch.autograd.gradcheck in float64. Samples of more than GRADCHECK_ELEMENTS elements use its fast mode."""
     bound = map_tensors(lambda _, t: t.detach().clone(memory_format=torch.contiguous_format), bind(contract, sample))
-    names = [name for name in contract.differentiable if name in floating(bound)]
-    leaves = [bound[name].requires_grad_() for name in names]
+    names = asking(contract, bound)
+    leaves = [tensors(bound)[name].requires_grad_() for name in names]
 
     def function(*inputs: torch.Tensor) -> tuple:
-        results = call(contract.op, contract, {**bound, **dict(zip(names, inputs, strict=True))})
-        return tuple(results[index] for index in contract.differentiable_results)
+        given = dict(zip(names, inputs, strict=True))
+        changed = map_tensors(lambda name, t: given.get(name, t), bound)
+        return tuple(carrying(contract, call_grouped(contract.op, contract, changed)))
 
     fast = sum(leaf.numel() for leaf in leaves) > GRADCHECK_ELEMENTS
     try:
@@ -135,11 +140,10 @@ def check_gradcheck(contract: Contract, sample: Sample, seed: int) -> None:
 def check_double_backward(contract: Contract, sample: Sample, seed: int) -> None:
     """Differentiating a gradient is refused with a RuntimeError that names the operator."""
     bound = fresh(bind(contract, sample))
-    names = [name for name in contract.differentiable if name in floating(bound)]
-    leaves = [bound[name].requires_grad_() for name in names]
+    leaves = [tensors(bound)[name].requires_grad_() for name in asking(contract, bound)]
     family = contract.op._schema.name.split("::")[1].removesuffix("_forward")
     try:
-        result = call(contract.op, contract, bound)[contract.differentiable_results[0]]
+        result, *_ = carrying(contract, call_grouped(contract.op, contract, bound))
         grads = torch.autograd.grad(result.sum(), leaves, create_graph=True, allow_unused=True)
         torch.autograd.grad(sum(grad.double().sum() for grad in grads if grad is not None), leaves, allow_unused=True)
     except RuntimeError as error:

@@ -36,18 +36,41 @@ def bind(contract: Contract, sample: Sample) -> Bound:
 
 
 def call(function: Callable, contract: Contract, bound: Bound) -> tuple:
-    """Call `function` (the operator or its reference) as the schema says; the results as a tuple.
+    """Call `function` (the operator or its reference) as the schema says; the results as a tuple, lists in a row.
 
     Arguments that the contract mutates are handed over as copies and appended to the results.
     """
+    return tuple(result for results in call_grouped(function, contract, bound) for result in results)
+
+
+def call_grouped(function: Callable, contract: Contract, bound: Bound) -> list[tuple]:
+    """The results of `call`, those of each place in the schema together: one, or the elements of a list."""
     bound = {name: clone_layout(value) if name in contract.mutates else value for name, value in bound.items()}
     keyword = {argument.name for argument in contract.op._schema.arguments if argument.kwarg_only}
     result = function(
         *(value for name, value in bound.items() if name not in keyword),
         **{name: value for name, value in bound.items() if name in keyword},
     )
-    results = () if result is None else tuple(result) if isinstance(result, (tuple, list)) else (result,)
-    return results + tuple(bound[name] for name in contract.mutates)
+    returns = len(contract.op._schema.returns)
+    results = [] if returns == 0 else [result] if returns == 1 else list(result)
+    results += [bound[name] for name in contract.mutates]
+    return [tuple(value) if isinstance(value, (tuple, list)) else (value,) for value in results]
+
+
+def carrying(contract: Contract, groups: list[tuple]) -> list[torch.Tensor]:
+    """The results of `call_grouped` that carry a gradient by the contract."""
+    return [result for index in contract.differentiable_results for result in groups[index]]
+
+
+def argument_of(name: str) -> str:
+    """The schema's argument that a tensor belongs to: `weights` for `weights[1]`."""
+    return name.partition("[")[0]
+
+
+def asking(contract: Contract, bound: Bound) -> tuple[str, ...]:
+    """The floating tensors that get gradients by the contract, in its order."""
+    found = floating(bound)
+    return tuple(name for argument in contract.differentiable for name in found if argument_of(name) == argument)
 
 
 def tensors(bound: Bound) -> dict[str, torch.Tensor]:
@@ -129,20 +152,27 @@ def is_probability(name: str) -> bool:
     return name == "p" or name.endswith("_p")
 
 
+def is_scale(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor argument holds factors of whole results, by the house's naming: 0-d, or `scales`."""
+    return tensor.ndim == 0 or name == "scales"
+
+
 def integers(bound: Bound, seed: int, density: float, magnitude: int) -> Bound:
     """Floating tensors become integers in [-magnitude, magnitude], all but `density` of them zero, in the same layout.
 
-    Scalars (float or 0-d tensor) become the nearest power of two, dropout probabilities 0 or 0.5.
+    Scalars and scales become the nearest powers of two, dropout probabilities 0 or 0.5.
     """
 
     def sparse(name: str, t: torch.Tensor) -> torch.Tensor:
         if not t.is_floating_point():
             return t
-        if t.ndim == 0:
-            return torch.full_like(t, power_of_two(float(t)))
+        if is_scale(name, t):
+            return written(t, torch.tensor([power_of_two(value) for value in t.flatten().tolist()]).view(t.shape))
         source = generator(seed, "integers", name)
         values = torch.randint(-magnitude, magnitude + 1, t.shape, generator=source)
-        values = values * (torch.rand(t.shape, generator=source) < density)
+        return written(t, values * (torch.rand(t.shape, generator=source) < density))
+
+    def written(t: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         result = clone_layout(t)
         if all(stride > 0 for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
             return result.copy_(values.to(t.device, t.dtype))

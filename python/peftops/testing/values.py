@@ -15,12 +15,17 @@ from peftops.ops.contract import Contract, Sample
 from peftops.testing.gradients import Upstream, gradients, integer_upstream, randn_upstream
 from peftops.testing.samples import (
     Bound,
+    argument_of,
+    asking,
     bind,
     call,
+    call_grouped,
+    carrying,
     expansions,
     floating,
     fresh,
     integers,
+    is_scale,
     map_tensors,
     relayouts,
     same_bits,
@@ -48,7 +53,7 @@ def results_of(function: Callable, contract: Contract, upstream: Upstream) -> Ca
     """bound arguments -> results of `function` (while autograd records) followed by all gradients."""
 
     def evaluate(bound: Bound) -> tuple:
-        names = [name for name in contract.differentiable if name in floating(bound)]
+        names = asking(contract, bound)
         if not names:
             return forward_of(function, contract)(bound)
         results, grads = gradients(function, contract, bound, names, upstream)
@@ -63,7 +68,9 @@ def check_values(contract: Contract, sample: Sample, seed: int) -> None:
     expected = oracle(forward_of(contract.reference, contract), bound, seed)
     assert_law(forward_of(contract.op, contract)(fresh(bound)), expected, "output")
     if contract.differentiable:
-        recording = map_tensors(lambda name, t: t.requires_grad_(name in contract.differentiable), fresh(bound))
+        recording = map_tensors(
+            lambda name, t: t.requires_grad_(argument_of(name) in contract.differentiable), fresh(bound)
+        )
         assert_law(call(contract.op, contract, recording), expected, "output while autograd records")
 
 
@@ -156,17 +163,23 @@ def check_upstream(contract: Contract, sample: Sample, seed: int) -> None:
     """
     base = integer_upstream(seed)
     bound, expected = exact_call(contract, sample, seed, results_of(contract.reference, contract, base))
-    some = forward_of(contract.op, contract)(fresh(bound))[contract.differentiable_results[0]]
+    with torch.no_grad():
+        some, *_ = carrying(contract, call_grouped(contract.op, contract, fresh(bound)))
     for label, _ in relayouts(some):
-        moved = lambda result, label=label: dict(relayouts(base(result)))[label]  # noqa: E731
+        moved = lambda result, index, label=label: dict(relayouts(base(result, index)))[label]  # noqa: E731
         _assert_equal(results_of(contract.op, contract, moved)(bound), expected, f"with upstream gradient: {label}")
     for label, _ in expansions(some):
-        expanded = lambda result, label=label: dict(expansions(base(result)))[label]  # noqa: E731
-        dense = lambda result, expanded=expanded: expanded(result).contiguous()  # noqa: E731
+        expanded = lambda result, index, label=label: _expanded(base(result, index), label)  # noqa: E731
+        dense = lambda *given, expanded=expanded: expanded(*given).contiguous()  # noqa: E731
         wanted = _exact(results_of(contract.reference, contract, dense), bound)
         if wanted is not None:
             got = results_of(contract.op, contract, expanded)(bound)
             _assert_equal(got, wanted, f"with upstream gradient: {label}")
+
+
+def _expanded(tensor: torch.Tensor, label: str) -> torch.Tensor:
+    """The expansion of that name; the tensor itself where it has only one element in that dimension."""
+    return dict(expansions(tensor)).get(label, tensor)
 
 
 def _replace(bound: Bound, name: str, tensor: torch.Tensor) -> Bound:
@@ -212,8 +225,8 @@ def special_values(dtype: torch.dtype) -> dict[str, float]:
 def check_special(contract: Contract, sample: Sample, seed: int) -> None:
     """One special value at a time in each floating argument.
 
-    NaN and inf appear where the reference has them, the rest obeys the law. A scalar factor may be folded into a sum:
-    for 0-d tensors an infinite factor may give inf or NaN, and +-max leaves the sum room: it is 2^16 times smaller.
+    NaN and inf appear where the reference has them, the rest obeys the law. A scale may be folded into a sum: an
+    infinite one may give inf or NaN, and +-max leaves the sum room: it is 2^16 times smaller.
     +-max is different: a sum of huge finite numbers overflows in one order and not in another, with either sign or as
     NaN. For it only finite or not is compared, and only where there is room: the reference must say the same with the
     value 2^8 times smaller and, in float64, 2^16 times larger: an intermediate may be that much larger.
@@ -228,10 +241,10 @@ def check_special(contract: Contract, sample: Sample, seed: int) -> None:
             continue
         place = int(torch.randint(tensor.numel(), (), generator=generator(seed, "special", name)))
         for label, value in special_values(tensor.dtype).items():
-            value = value / 2**16 if tensor.ndim == 0 and "max" in label else value
+            value = value / 2**16 if is_scale(name, tensor) and "max" in label else value
             changed = _replace(bound, name, _put(tensor, place, value))
             what = f"output with {name}[{place}] = {label}"
-            if tensor.ndim == 0 and not math.isfinite(value):
+            if is_scale(name, tensor) and not math.isfinite(value):
                 _assert_finite(forward(fresh(changed)), [reference(changed), reference(_double(changed))], what)
             elif "max" not in label:
                 expected = oracle(reference, changed, seed, redraws=0)
@@ -271,12 +284,12 @@ def check_mutation(contract: Contract, sample: Sample, seed: int) -> None:
     results = forward_of(contract.op, contract)(bound)
     unchanged("the call")
     _assert_no_alias(results, guarded, "result")
-    names = [name for name in contract.differentiable if name in floating(bound)]
+    names = asking(contract, bound)
     if names:
         upstreams: list[torch.Tensor] = []
 
-        def kept(result: torch.Tensor) -> torch.Tensor:
-            upstreams.append(randn_upstream(seed)(result))
+        def kept(result: torch.Tensor, index: int) -> torch.Tensor:
+            upstreams.append(randn_upstream(seed)(result, index))
             return upstreams[-1]
 
         results, grads = gradients(contract.op, contract, bound, names, kept, share=True)
@@ -284,8 +297,8 @@ def check_mutation(contract: Contract, sample: Sample, seed: int) -> None:
         _assert_no_alias(results, guarded, "result")
         _assert_no_alias(grads, guarded, "gradient")
         _assert_no_alias(grads, {f"upstream gradient {i}": t for i, t in enumerate(upstreams)}, "gradient")
-        for given in upstreams:
-            assert same_bits(given, randn_upstream(seed)(given)), "the upstream gradient was changed by backward"
+        for index, given in enumerate(upstreams):
+            assert same_bits(given, randn_upstream(seed)(given, index)), "the upstream gradient was changed by backward"
 
 
 def _assert_no_alias(results: tuple, arguments: dict[str, torch.Tensor], what: str) -> None:
