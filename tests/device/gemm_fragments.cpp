@@ -26,10 +26,10 @@ void check(const char* name, Tiled tiled) {
   constexpr int kThreads = cute::size(Tiled{});
   using Bits = sm90::KeepBits<kRows, kColumns, kThreads>;
   constexpr int64_t kPage = 4096;
-  const int64_t size = rows * stride + behind, pages = (size + kPage - 1) / kPage;
+  const int64_t held = rows * stride + behind, pages = (held + kPage - 1) / kPage;
   auto* memory = static_cast<uint8_t*>(mmap(nullptr, (pages + 1) * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   mprotect(memory + pages * kPage, kPage, PROT_NONE);
-  uint8_t* bytes = memory + pages * kPage - size;
+  uint8_t* bytes = memory + pages * kPage - held;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t byte = 0; byte < stride; ++byte) {
       uint8_t& value = bytes[row * stride + byte] = 0;
@@ -44,12 +44,12 @@ void check(const char* name, Tiled tiled) {
       std::vector<int> seen(kRows * kColumns);
       for (int thread = 0; thread < kThreads; ++thread) {
         auto own = tiled.get_slice(thread).partition_C(places);  // ((2, 2, columns / 8), rows / 64, 1)
-        std::vector<float> sums(size(own), 1.0f);
+        std::vector<float> sums(cute::size(own), 1.0f);
         auto sum = cute::make_tensor(sums.data(), cute::make_layout(shape(own)));
         Bits::apply(
             thread, [&](int j, int i, int g, int row) -> float& { return sum(cute::make_coord(j, i, g), row, 0); },
             [&](int row, int word, int lane) { return all[thread / 4 * 4 + lane].words[row][word]; });
-        for (int i = 0; i < size(own); ++i) {
+        for (int i = 0; i < cute::size(own); ++i) {
           const int row = cute::get<0>(own(i)), column = cute::get<1>(own(i));
           const bool inside = m + row < rows && n + column < columns;
           seen[row * kColumns + column] += 1 + (sum(i) != float(inside && kept(m + row, n + column))) * 100;

@@ -20,7 +20,9 @@ from tests.device.recording import ALLOWED, GPUS, LAUNCHES, STREAM, tensor_maps
 from tests.device.test_launches import short_name
 
 CLUSTER, STAGE_DEPTH, BYTES = 2, _C.lora_depth_tile, 2
-LINE_OF_128_BYTES, UINT16, NO_NAN = 3, 1, 0  # of CUtensorMapSwizzle, CUtensorMapDataType, CUtensorMapFloatOOBfill
+# Of CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapFloatOOBfill. TMA does not look at operands.
+OPERAND, RESULT = 1, {"bfloat16": 9, "float16": 6}
+LINE_OF_128_BYTES, ZEROS = 3, 0
 MAPS = 128  # bytes of a tensor map
 SEGMENTS = 4
 
@@ -123,7 +125,7 @@ def check_launch(
 
 
 def check_matrices(
-    seen, launch, *, rows, columns, depths, down=False, adapters=0, padding=0, scale=1.0, candidate=-1, **_
+    seen, launch, *, rows, columns, depths, dtype="bfloat16", down=False, adapters=0, padding=0, scale=1.0, candidate=-1, **_
 ):
     """Tensor maps show the matrices and nothing else; each stage gets the bytes that its barrier waits for."""
     argument = bytes.fromhex(launch["argument"])
@@ -141,8 +143,10 @@ def check_matrices(
         check_map(x[j], operands[j], rows, depth, padding)
         check_map(w[j], operands[count + j], depth if down else columns, lines or depth, padding)
         assert list(x[j].box) == [STAGE_DEPTH, tile.rows, 1, 0, 0]
+        assert [(found.type, found.swizzle) for found in (x[j], w[j])] == [(OPERAND, LINE_OF_128_BYTES)] * 2
         # Each block of a cluster loads half of W's tile, in boxes of one line of 128 bytes each.
         assert w[j].box[0] == 64 and (64 * tile.columns // CLUSTER) % (w[j].box[0] * w[j].box[1]) == 0
+    assert maps[-1][1].type == RESULT[dtype]
     check_map(maps[-1][1], d, rows, columns, padding)
 
     found = Depth.from_buffer_copy(argument, start + MAPS * 2 * SEGMENTS)
@@ -161,7 +165,7 @@ def check_map(found, matrix, rows, columns, padding):
     """Exactly rows x columns, so that what lies beyond is read as zeros, and within the matrix's memory."""
     address, size = matrix
     stride = columns + padding if rows > 1 else -(-columns // 8) * 8
-    assert (found.type, found.rank, found.fill, found.swizzle) == (UINT16, 3, NO_NAN, found.swizzle)
+    assert (found.rank, found.fill) == (3, ZEROS)
     assert found.address == address
     assert list(found.sizes)[:3] == [columns, rows, 1]
     assert found.strides[0] == BYTES * stride
@@ -191,7 +195,7 @@ def test_any_rank_is_a_segment(gemm, rank, down):
 
 
 def test_a_rank_that_is_no_whole_chunk_lies_in_rows_of_whole_chunks(gemm):
-    gemm(depths=[4, 100], columns=104, padding=4)
+    gemm(depths=[4, 100], columns=100, padding=4)
     gemm(depths=[512, 100, 7], down=True, rows=1)
 
 
