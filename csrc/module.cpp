@@ -80,11 +80,11 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("row_tiles", &lora::GemmSm90Plan::row_tiles)
       .def_readonly("column_tiles", &lora::GemmSm90Plan::column_tiles)
       .def_readonly("swizzle", &lora::GemmSm90Plan::swizzle);
-  py::class_<lora::GemmTile>(m, "LoraGemmTile")
-      .def_readonly("rows", &lora::GemmTile::rows)
-      .def_readonly("columns", &lora::GemmTile::columns)
-      .def_readonly("shared_memory", &lora::GemmTile::shared_memory)
-      .def_readonly("cost", &lora::GemmTile::cost);
+  py::class_<lora::Sm90Tile>(m, "LoraSm90Tile")
+      .def_readonly("rows", &lora::Sm90Tile::rows)
+      .def_readonly("columns", &lora::Sm90Tile::columns)
+      .def_readonly("shared_memory", &lora::Sm90Tile::shared_memory)
+      .def_readonly("cost", &lora::Sm90Tile::cost);
   py::class_<lora::Segment>(m, "LoraSegment")
       .def(py::init([](uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool down, int64_t depth, bool adapter) {
              return lora::Segment{
@@ -103,7 +103,7 @@ PYBIND11_MODULE(_C, m) {
              return task;
            }),
            py::arg("segments"), py::arg("rows"), py::arg("columns"), py::arg("d") = 0, py::arg("d_stride"), py::arg("mask") = 0);
-  m.attr("lora_gemm_tiles") = std::vector<lora::GemmTile>(std::begin(lora::kGemmTiles), std::end(lora::kGemmTiles));
+  m.attr("lora_sm90_tiles") = std::vector<lora::Sm90Tile>(std::begin(lora::kSm90Tiles), std::end(lora::kSm90Tiles));
   m.attr("lora_depth_tile") = lora::kDepthTile;
   m.attr("lora_depth_block") = lora::kDepthBlock;
   m.def("lora_depth_tiles", &lora::depth_tiles);

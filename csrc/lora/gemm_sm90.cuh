@@ -30,7 +30,7 @@ struct CutlassType<float16> {
   using type = cutlass::half_t;
 };
 
-using Cluster = Shape<Int<kGemmCluster>, _1, _1>;
+using Cluster = Shape<Int<kSm90Cluster>, _1, _1>;
 
 // CUTLASS's mainloop over segments. `kDown`: W lies as [depth, columns].
 template <class Stock, bool kDown>
@@ -135,14 +135,14 @@ struct Mainloop : Stock {
     auto from_w = part_w.partition_S(get<1>(inputs)(_, _, n, _, l));
     auto to_x = part_x.partition_D(shared_x);
     auto to_w = part_w.partition_D(shared_w);
-    constexpr uint16_t kBoth = (1 << kGemmCluster) - 1;
+    constexpr uint16_t kBoth = (1 << kSm90Cluster) - 1;
 
-    const float scale = params.scale.host * (params.scale.device ? *params.scale.device : 1.0f);
+    const auto is_off = [&] { return params.scale.host * (params.scale.device ? *params.scale.device : 1.0f) == 0.0f; };
     for (int segment = 0; segment < params.depth.count; ++segment) {
       if (segment == params.awaiting) wait_for_kernel_before();
       const int tiles = params.depth.tiles[segment];
       // Beyond the depth there are zeros: what is left out adds exactly that.
-      const int first = params.adapter[segment] && scale == 0.0f ? tiles : 0;
+      const int first = params.adapter[segment] && is_off() ? tiles : 0;
       CUTLASS_PRAGMA_NO_UNROLL
       for (int tile = 0; tile < tiles; ++tile) {
         const int stage = write.index();
@@ -247,7 +247,7 @@ struct Mainloop : Stock {
 template <class Element, bool kDown, int kCandidate>
 struct Gemm {
   using Type = typename CutlassType<Element>::type;
-  static constexpr GemmTile kTile = kGemmTiles[kCandidate];
+  static constexpr Sm90Tile kTile = kSm90Tiles[kCandidate];
   static constexpr bool kTogether = kTile.columns == 256;  // both consumer warpgroups on one tile
   using Tile = Shape<Int<kTile.rows>, Int<kTile.columns>, Int<kDepthTile>>;
   using RowMajor = cutlass::layout::RowMajor;
@@ -277,7 +277,7 @@ struct Gemm {
 
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop<Stock, kDown>, Epilogue>;
   using Params = typename Kernel::Params;
-  static_assert(Kernel::MaxThreadsPerBlock == kGemmThreads);
+  static_assert(Kernel::MaxThreadsPerBlock == kSm90Threads);
 
   static_assert(Kernel::SharedStorageSize == kTile.shared_memory);
 
@@ -296,7 +296,7 @@ struct Gemm {
 };
 
 template <class Element, bool kDown, int kCandidate>
-__global__ void __launch_bounds__(kGemmThreads, 1) gemm(const __grid_constant__ typename Gemm<Element, kDown, kCandidate>::Params params) {
+__global__ void __launch_bounds__(kSm90Threads, 1) gemm(const __grid_constant__ typename Gemm<Element, kDown, kCandidate>::Params params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   typename Gemm<Element, kDown, kCandidate>::Kernel()(params, reinterpret_cast<char*>(memory));
 }

@@ -42,18 +42,18 @@ inline DepthTiles depth_tiles(const GemmTask& task) {
 // ---- the plan -----------------------------------------------------------------------------------------------------------------------
 
 // Two blocks in a row of row tiles are a cluster: each loads half a tile of W, for both.
-constexpr int kGemmCluster = 2;
+constexpr int kSm90Cluster = 2;
 
-struct GemmTile {
+struct Sm90Tile {
   int rows, columns;
   int64_t shared_memory;
   int64_t cost;  // of a product, relative: the bytes that must come from the second cache for it
 };
 
 // Candidates: two warpgroups on one tile; each on a tile of its own, taking turns with the tensor cores.
-constexpr GemmTile kGemmTiles[] = {{128, 256, 217088, 4}, {128, 128, 207872, 5}};
-constexpr int kGemmCandidates = 2;
-constexpr int kGemmThreads = 384;
+constexpr Sm90Tile kSm90Tiles[] = {{128, 256, 217088, 4}, {128, 128, 207872, 5}};
+constexpr int kSm90Candidates = 2;
+constexpr int kSm90Threads = 384;
 
 // Why these kernels cannot run a problem on any device with compute capability 9.0, or null.
 inline const char* refuse_matrix(const void* data, int64_t stride, int64_t rows, int64_t columns) {
@@ -68,7 +68,7 @@ inline const char* refuse_gemm_sm90(const GemmTask& task, int element_bytes, con
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 1024;  // coordinates of the last tile fit 32 bits
   if (device.sm != 90) return "wgmma needs compute capability 9.0";
   if (element_bytes != 2) return "wgmma multiplies 16-bit types here";
-  if (device.sm_count < kGemmCluster) return "a cluster needs two multiprocessors";
+  if (device.sm_count < kSm90Cluster) return "a cluster needs two multiprocessors";
   if (task.count < 1 || task.count > kMaxSegments) return "there are one to four segments";
   if (task.rows < 1 || task.columns < 1) return "the result is empty";
   if (task.rows > kMost || task.columns > kMost) return "rows and columns must fit 32 bits";
@@ -96,10 +96,10 @@ struct GemmSm90Plan {
 };
 
 inline GemmSm90Plan plan_gemm_sm90(int candidate, int64_t rows, int64_t columns) {
-  const GemmTile& tile = kGemmTiles[candidate];
-  GemmSm90Plan plan{candidate, round_up(ceil_div(rows, tile.rows), kGemmCluster), ceil_div(columns, tile.columns), 1};
+  const Sm90Tile& tile = kSm90Tiles[candidate];
+  GemmSm90Plan plan{candidate, round_up(ceil_div(rows, tile.rows), kSm90Cluster), ceil_div(columns, tile.columns), 1};
   for (int wanted = 8; wanted > 1 && plan.swizzle == 1; wanted /= 2)
-    if (plan.row_tiles % (wanted * kGemmCluster) == 0 && plan.column_tiles % wanted == 0) plan.swizzle = wanted;
+    if (plan.row_tiles % (wanted * kSm90Cluster) == 0 && plan.column_tiles % wanted == 0) plan.swizzle = wanted;
   return plan;
 }
 
@@ -107,10 +107,10 @@ inline GemmSm90Plan plan_gemm_sm90(int candidate, int64_t rows, int64_t columns)
 inline GemmSm90Plan plan_gemm_sm90(int64_t rows, int64_t columns, const Device& device) {
   GemmSm90Plan best{};
   int64_t least = std::numeric_limits<int64_t>::max();
-  for (int candidate = 0; candidate < kGemmCandidates; ++candidate) {
+  for (int candidate = 0; candidate < kSm90Candidates; ++candidate) {
     const GemmSm90Plan plan = plan_gemm_sm90(candidate, rows, columns);
-    const GemmTile& tile = kGemmTiles[candidate];
-    const int64_t waves = ceil_div(plan.row_tiles / kGemmCluster * plan.column_tiles, device.sm_count / kGemmCluster);
+    const Sm90Tile& tile = kSm90Tiles[candidate];
+    const int64_t waves = ceil_div(plan.row_tiles / kSm90Cluster * plan.column_tiles, device.sm_count / kSm90Cluster);
     const int64_t time = waves * tile.rows * tile.columns * tile.cost;
     if (time < least) least = time, best = plan;
   }
@@ -118,7 +118,8 @@ inline GemmSm90Plan plan_gemm_sm90(int64_t rows, int64_t columns, const Device& 
 }
 
 // Launches a task that is not refused. `programmatic`: this may start while the kernel before it on the stream, itself an ordinary launch,
-// still runs; of what is read here, only the X of the adapter's segments (without any, everything) may be that kernel's work.
+// still runs. Of what is read here, only operands of the adapter's segments (without any, all operands), bias and column_scale may then be
+// that kernel's work.
 template <class Element>
 void gemm_sm90(const Launcher& launch, const GemmTask& task, const GemmSm90Plan& plan, bool programmatic);
 

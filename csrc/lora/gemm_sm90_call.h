@@ -23,13 +23,13 @@ void launch_gemm_sm90(const Launcher& launch, const GemmTask& task, const GemmSm
   for (int j = 0; j < task.count; ++j) encoded = encoded && is_encoded(params.mainloop.x[j]) && is_encoded(params.mainloop.w[j]);
   PEFTOPS_CHECK(encoded, "the CUDA driver makes no tensor maps: it is older than CUDA ", CUDART_VERSION / 1000);
   const dim3 grid = Gemm::Kernel::get_grid_shape(params);
-  launch(&sm90::gemm<Element, kDown, kCandidate>, {grid.x, grid.y, grid.z}, kGemmThreads, Gemm::kTile.shared_memory, params,
-         {kGemmCluster, programmatic});
+  launch(&sm90::gemm<Element, kDown, kCandidate>, {grid.x, grid.y, grid.z}, kSm90Threads, Gemm::kTile.shared_memory, params,
+         {kSm90Cluster, programmatic});
 }
 
 template <class Element>
 void gemm_sm90(const Launcher& launch, const GemmTask& task, const GemmSm90Plan& plan, bool programmatic) {
-  static_assert(kGemmCandidates == 2);
+  static_assert(kSm90Candidates == 2);
   const bool down = task.segments[0].down;
   (plan.candidate == 0
        ? (down ? launch_gemm_sm90<Element, true, 0> : launch_gemm_sm90<Element, false, 0>)

@@ -116,7 +116,7 @@ def check_launch(
     assert short_name(launch["kernel"]) == kernel
     assert (launch["device"], launch["stream"]) == (seen["device"], STREAM)
     assert launch["block"] == [threads[launch["kernel"]], 1, 1]
-    assert launch["shared_memory"] == _C.lora_gemm_tiles[plan.candidate].shared_memory <= GPUS["H100"].shared_memory
+    assert launch["shared_memory"] == _C.lora_sm90_tiles[plan.candidate].shared_memory <= GPUS["H100"].shared_memory
     assert launch["cluster"] == [CLUSTER, 1, 1]
     assert launch["programmatic"] == programmatic
     # Blocks stay and take one tile after the other: as many as the device runs at a time, or as there are tiles.
@@ -125,14 +125,26 @@ def check_launch(
 
 
 def check_matrices(
-    seen, launch, *, rows, columns, depths, dtype="bfloat16", down=False, adapters=0, padding=0, scale=1.0, candidate=-1, **_
+    seen,
+    launch,
+    *,
+    rows,
+    columns,
+    depths,
+    dtype="bfloat16",
+    down=False,
+    adapters=0,
+    padding=0,
+    scale=1.0,
+    candidate=-1,
+    **_,
 ):
     """Tensor maps show the matrices and nothing else; each stage gets the bytes that its barrier waits for."""
     argument = bytes.fromhex(launch["argument"])
     maps = tensor_maps(argument)
     start, count = maps[0][0], len(depths)
     at = dict(maps)
-    tile = _C.lora_gemm_tiles[plan_of(rows, columns, candidate).candidate]
+    tile = _C.lora_sm90_tiles[plan_of(rows, columns, candidate).candidate]
     d, *operands = seen["matrices"]
     # D's map, the last one, is the epilogue's.
     assert len(maps) == 2 * count + 1
@@ -145,7 +157,7 @@ def check_matrices(
         assert list(x[j].box) == [STAGE_DEPTH, tile.rows, 1, 0, 0]
         assert [(found.type, found.swizzle) for found in (x[j], w[j])] == [(OPERAND, LINE_OF_128_BYTES)] * 2
         # Each block of a cluster loads half of W's tile, in boxes of one line of 128 bytes each.
-        assert w[j].box[0] == 64 and (64 * tile.columns // CLUSTER) % (w[j].box[0] * w[j].box[1]) == 0
+        assert list(w[j].box)[:3] == [64, STAGE_DEPTH // CLUSTER if down else tile.columns // CLUSTER, 1]
     assert maps[-1][1].type == RESULT[dtype]
     check_map(maps[-1][1], d, rows, columns, padding)
 
@@ -292,3 +304,12 @@ def test_each_accumulator_has_its_keep_bit(fragments, rows, columns, stride, beh
     """Where CUTLASS says that it lies, for both tiles; memory ends behind the mask."""
     command = [fragments, *map(str, (rows, columns, stride, behind))]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
+
+
+# ---- boxes -----------------------------------------------------------------------------------------------------------
+
+
+def test_both_blocks_of_a_cluster_fill_the_tile_of_w():
+    """The boxes that each loads for both, as TMA swizzles them into shared memory, are what CUTLASS reads there."""
+    program = standin.program(standin.HERE / "gemm_boxes.cpp")
+    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == ""

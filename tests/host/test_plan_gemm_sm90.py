@@ -101,14 +101,14 @@ def test_the_stride_of_a_single_row_does_not_matter():
 
 
 def test_the_tiles_fit_a_device_with_compute_capability_9():
-    assert [(tile.rows, tile.columns) for tile in _C.lora_gemm_tiles] == [(128, 256), (128, 128)]
-    for tile in _C.lora_gemm_tiles:
+    assert [(tile.rows, tile.columns) for tile in _C.lora_sm90_tiles] == [(128, 256), (128, 128)]
+    for tile in _C.lora_sm90_tiles:
         assert tile.shared_memory <= 227 * 1024
 
 
 @given(sizes, sizes)
 def test_tiles_cover_the_result(rows, columns):
-    for candidate, tile in enumerate(_C.lora_gemm_tiles):
+    for candidate, tile in enumerate(_C.lora_sm90_tiles):
         plan = _C.lora_plan_gemm_sm90(candidate, rows, columns)
         assert plan.candidate == candidate
         assert plan.row_tiles % CLUSTER == 0 and plan.row_tiles - blocks(rows, tile.rows) in (0, 1)
@@ -127,7 +127,7 @@ def test_swizzling_adds_no_tiles(rows, columns):
 @given(sizes, sizes, sm_counts)
 def test_the_plan_takes_the_shortest_time(rows, columns, sm_count):
     def time(candidate: int) -> int:
-        plan, tile = _C.lora_plan_gemm_sm90(candidate, rows, columns), _C.lora_gemm_tiles[candidate]
+        plan, tile = _C.lora_plan_gemm_sm90(candidate, rows, columns), _C.lora_sm90_tiles[candidate]
         waves = blocks(plan.row_tiles // CLUSTER * plan.column_tiles, sm_count // CLUSTER)
         return waves * tile.rows * tile.columns * tile.cost
 
