@@ -35,13 +35,15 @@ Forward forward(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   }
   Tensor s = whole || !saves ? sums.values : empty_on(x, ScalarType::Float, rows, rank);
   float* const sum = whole || !saves ? nullptr : static_cast<float*>(s.mutable_data_ptr());
-  if (call.choose(rows, out_features, in_whole_chunks(tokens) && in_whole_chunks(weight) && in_whole_chunks(lora_b)) == Linear::vendor) {
+  const bool aligned = in_whole_chunks(tokens) && in_whole_chunks(weight) && in_whole_chunks(lora_b);
+  const Linear how = call.choose(rows, out_features, features, rank, false, aligned);
+  if (how == Linear::vendor) {
     const Tensor y = base_product(x, weight, bias);
     call.expand(y, out_features, sums, lora_b, rank, false, scale, MaskBits{}, sum, rank);
     return {y, s, mask};
   }
   const Tensor y = empty_on(x, x.scalar_type(), rows, out_features);
-  call.gemm(y, out_features, tokens, weight, bias, sums, lora_b, rank, false, scale, MaskBits{}, sum, rank);
+  call.gemm(how, y, out_features, tokens, weight, bias, sums, lora_b, rank, false, scale, MaskBits{}, sum, rank);
   return {reshaped_like(y, x, out_features), s, mask};
 }
 
@@ -81,9 +83,9 @@ Gradients lora_linear_backward(Tensor grad, std::optional<Tensor> x, Tensor weig
     return backward_results(grad, features, {grad_x, grad_weight, grad_bias, grad_a, grad_b});
   }
   Call call("lora_linear_backward", grad, lora_a);
-  const bool vendor =
-      !need_x || features == 0 ||
-      call.choose(rows, features, in_whole_chunks(g) && in_whole_chunks(weight) && in_whole_chunks(lora_a)) == Linear::vendor;
+  const bool aligned = in_whole_chunks(g) && in_whole_chunks(weight) && in_whole_chunks(lora_a);
+  const Linear how = need_x && features > 0 ? call.choose(rows, features, out_features, rank, true, aligned) : Linear::vendor;
+  const bool vendor = how == Linear::vendor;
   auto [grad_x, grad_weight, grad_bias] = base_gradients(g, weight, tokens, need_x && vendor, need_weight, need_bias);
   const Tensor bits = as_contiguous(mask);
   const MaskBits kept = dropout_p > 0.0 ? bits_of(bits) : MaskBits{};
@@ -104,7 +106,7 @@ Gradients lora_linear_backward(Tensor grad, std::optional<Tensor> x, Tensor weig
         call.expand(grad_x, features, sums, lora_a, rank, true, scale, kept, sum, sums.stride);
       } else {
         grad_x = empty_on(grad, grad.scalar_type(), rows, features);
-        call.gemm(grad_x, features, g, weight, std::nullopt, sums, lora_a, rank, true, scale, kept, sum, sums.stride);
+        call.gemm(how, grad_x, features, g, weight, std::nullopt, sums, lora_a, rank, true, scale, kept, sum, sums.stride);
       }
     } else {
       grad_s = call.added(sums);

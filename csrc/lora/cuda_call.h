@@ -4,7 +4,7 @@
 #include <cstdlib>
 
 #include "../common/launch.h"
-#include "gemm.h"
+#include "gemm_sm90.h"
 #include "lora.h"
 
 namespace peftops::lora {
@@ -119,11 +119,14 @@ class Call {
             {plan.row_blocks, plan.column_blocks}, kThreads, plan.shared_memory, task);
   }
 
-  // How to make a D [rows, columns]. `whole`: all operands are in whole chunks, so that nothing must be copied. The environment variable
+  // How to make the D of `gemm`. `whole`: all operands are in whole chunks, so that nothing must be copied. The environment variable
   // PEFTOPS_FORCE_PLAN names the plan that is taken where it can be run.
-  Linear choose(int64_t rows, int64_t columns, bool whole) const {
-    const LinearRefusals refused = {
-        {nullptr, kernels_.operand ? refuse_gemm_sm80(rows, columns, launch_.device()) : "tensor cores do not multiply these types"}};
+  Linear choose(int64_t rows, int64_t columns, int64_t depth, int64_t rank, bool down, bool whole) const {
+    LinearRefusals refused{};
+    const GemmTask shape = task_of(rows, columns, depth, rank, down, false);
+    const char* const types = kernels_.operand ? nullptr : "tensor cores do not multiply these types";
+    refused.of[static_cast<int>(Linear::gemm_sm80)] = types ? types : refuse_gemm_sm80(rows, columns, launch_.device());
+    refused.of[static_cast<int>(Linear::gemm_sm90)] = types ? types : refuse_gemm_sm90(shape, 2, launch_.device());
     if (const char* name = std::getenv("PEFTOPS_FORCE_PLAN"); name && *name) {
       const int forced = linear_named(name);
       PEFTOPS_CHECK(forced >= 0, launch_.op(), ": PEFTOPS_FORCE_PLAN is '", name, "', but must be one of ", linear_names());
@@ -134,28 +137,30 @@ class Call {
 
   // D = X W^T + keep(S F^T) + bias by one GEMM, W and F both as [columns, depth] or both `down`; D is contiguous. S is the sum of its
   // splits and goes to `sum` where it is given.
-  void gemm(const Tensor& d, int64_t columns, const Rows& x, const Tensor& weight, const std::optional<Tensor>& bias, const Sums& sums,
-            const Tensor& factor, int64_t rank, bool down, Scale scale, MaskBits mask, float* sum, int64_t sum_stride) const {
+  void gemm(Linear how, const Tensor& d, int64_t columns, const Rows& x, const Tensor& weight, const std::optional<Tensor>& bias,
+            const Sums& sums, const Tensor& factor, int64_t rank, bool down, Scale scale, MaskBits mask, float* sum,
+            int64_t sum_stride) const {
     const Rows tokens = padded(x), w = padded_factor(weight), f = kernels_.terms > 1 ? terms_of(factor, down) : padded_factor(factor);
     const Tensor added = bias ? as_contiguous(*bias) : Tensor();
     // Right before the GEMM: one that starts early has to wait for this operand alone.
-    const int64_t depth = kernels_.terms * sums.stride;
-    const Tensor s = empty_on(like_, like_.scalar_type(), sums.rows, depth);
+    const Tensor s = empty_on(like_, like_.scalar_type(), sums.rows, kernels_.terms * sums.stride);
     OperandTask prepare{};
     prepare.sums = sums.data(), prepare.splits = sums.splits, prepare.rows = sums.rows, prepare.sums_stride = sums.stride;
     prepare.sum = sum, prepare.sum_stride = sum_stride;
     prepare.operand = s.mutable_data_ptr();
     launch_(kernels_.operand, {ceil_div(sums.rows, kGpuTile)}, kThreads, 0, prepare);
 
-    GemmTask task{};
-    // The mask is of segment 0.
-    task.segments[mask.data ? 1 : 0] = {tokens.data(), tokens.stride, w.data(), w.stride, down, x.columns, false};
-    task.segments[mask.data ? 0 : 1] = {prepare.operand, depth, f.data(), f.stride, down, kernels_.terms > 1 ? depth : rank, true};
-    task.count = 2;
-    task.d = d.mutable_data_ptr(), task.rows = x.rows, task.columns = columns, task.d_stride = columns;
+    GemmTask task = task_of(x.rows, columns, x.columns, rank, down, mask.data);
+    Segment &base = task.segments[mask.data ? 1 : 0], &low_rank = task.segments[mask.data ? 0 : 1];
+    base.x = tokens.data(), base.x_stride = tokens.stride, base.w = w.data(), base.w_stride = w.stride;
+    low_rank.x = prepare.operand, low_rank.w = f.data(), low_rank.w_stride = f.stride;
+    task.d = d.mutable_data_ptr();
     task.bias = bias ? added.const_data_ptr() : nullptr;
     task.scale = scale, task.mask = mask;
-    gemm_sm80(task);
+    if (how == Linear::gemm_sm90)
+      gemm_sm90(task);
+    else
+      gemm_sm80(task);
   }
 
   // Any task that is not refused, of the type of this call's x.
@@ -163,6 +168,15 @@ class Call {
     const GemmPlan plan = plan_gemm_sm80(task.rows, task.columns);
     const GemmKernels& kernels = gemm_sm80_for(like_);
     launch_(task.segments[0].down ? kernels.down : kernels.rows, {plan.row_blocks * plan.column_blocks}, kThreads, kGemmMemory, task);
+  }
+
+  // The same; the launch before it may have made the X of the adapter's segments and nothing else that is read here.
+  void gemm_sm90(const GemmTask& task) const {
+    const GemmSm90Plan plan = plan_gemm_sm90(task.rows, task.columns, launch_.device());
+    if (like_.scalar_type() == ScalarType::BFloat16)
+      lora::gemm_sm90<bfloat16>(launch_, task, plan, true);
+    else
+      lora::gemm_sm90<float16>(launch_, task, plan, true);
   }
 
   // gradient = keep(G)^T S; `gradient` lies with the features or the ranks fastest. Complete after finish().
@@ -210,6 +224,17 @@ class Call {
   }
 
  private:
+  // The task of `gemm` without its buffers, its operands in whole chunks. A mask is of segment 0.
+  GemmTask task_of(int64_t rows, int64_t columns, int64_t depth, int64_t rank, bool down, bool masked) const {
+    const int64_t ranks = kernels_.terms * round_up(rank, 8), line = round_up(columns, 8);
+    GemmTask task{};
+    task.segments[masked ? 1 : 0] = {nullptr, round_up(depth, 8), nullptr, down ? line : round_up(depth, 8), down, depth, false};
+    task.segments[masked ? 0 : 1] = {nullptr, ranks, nullptr, down ? line : ranks, down, kernels_.terms > 1 ? ranks : rank, true};
+    task.count = 2;
+    task.rows = rows, task.columns = columns, task.d_stride = columns;
+    return task;
+  }
+
   // A float32 factor [columns, rank], or `down` [rank, columns], as a GEMM's operand: along the ranks its terms F1, F2, F1.
   Rows terms_of(const Tensor& given, bool down) const {
     const Tensor factor = with_unit_stride(given);

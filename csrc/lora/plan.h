@@ -186,17 +186,20 @@ PEFTOPS_HOST_DEVICE GemmBlock gemm_block(uint32_t index, uint32_t row_blocks, ui
 }
 
 // How X W^T + S F^T is made: by the vendor's GEMM and the up-projection after it, or by one GEMM of both.
-enum class Linear { vendor, gemm_sm80 };
-constexpr const char* kLinearNames[] = {"vendor", "gemm_sm80"};
-constexpr int kLinears = 2;
+enum class Linear { vendor, gemm_sm80, gemm_sm90 };
+constexpr const char* kLinearNames[] = {"vendor", "gemm_sm80", "gemm_sm90"};
+constexpr int kLinears = 3;
 
 // Why each cannot be run; null where it can.
 struct LinearRefusals {
   const char* of[kLinears];
 };
 
-// The best of those that can be run. The GEMM for 8.0 was measured nowhere, so the vendor's stays.
-inline Linear plan_linear(const LinearRefusals&, bool /*whole*/) { return Linear::vendor; }
+// The best of those that can be run. `whole`: no operand must be copied, which for W would cost more than is gained. The GEMM for 8.0 was
+// measured nowhere, so the vendor's stays.
+inline Linear plan_linear(const LinearRefusals& refused, bool whole) {
+  return whole && !refused.of[static_cast<int>(Linear::gemm_sm90)] ? Linear::gemm_sm90 : Linear::vendor;
+}
 
 // The one of that name, or -1.
 inline int linear_named(const char* name) {

@@ -21,7 +21,7 @@ from tests.device import emulate
 from tests.device.recording import GPUS, LAUNCHES, Gpu, Runtime
 from tests.device.standin import runs_in
 from tests.gpu import lora
-from tests.gpu.lora import FORCED, taking
+from tests.gpu.lora import taking
 
 emulated = runs_in("emulator")
 
@@ -34,6 +34,8 @@ LEFT_OUT = ("inductor",)
 LIMITS = {"gradients": 8, "views": 7, "special": 4, "opcheck": 8}
 #: Checks in which the length of a block's loop matters.
 LOOPS = ("exact", "poison", "gradients")
+#: The plan that these devices run and do not take by themselves.
+FORCED = ("gemm_sm80",)
 HALVES = (torch.bfloat16, torch.float16)
 SHUFFLES = 4
 RANDOM_CALLS, MOST_ROWS = 60, 300

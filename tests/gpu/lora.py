@@ -74,7 +74,7 @@ def large(device: torch.device, index: int) -> tuple[Contract, Sample]:
 
 
 #: Plans for 16-bit types that a device may not take by itself.
-FORCED = ("gemm_sm80",)
+FORCED = ("gemm_sm80", "gemm_sm90")
 
 
 @contextmanager

@@ -315,7 +315,9 @@ def test_the_tiles_of_a_contraction_are_those_of_its_segments(segments, off):
     assert _C.lora_segment_tiles(segments, GEMM_DEPTH, off) == wanted
 
 
-def test_the_vendors_gemm_stays_where_nothing_was_measured():
-    for refused in (None, "a reason"):
-        for whole in (False, True):
-            assert _C.lora_plan_linear([None, refused], whole) == "vendor"
+def test_which_plan_is_the_best():
+    """The GEMM for 9.0 where it can be run and nothing must be copied; the one for 8.0 was measured nowhere."""
+    assert _C.lora_linears == ["vendor", "gemm_sm80", "gemm_sm90"]
+    for sm80, sm90, whole in product((None, "a reason"), (None, "a reason"), (False, True)):
+        wanted = "gemm_sm90" if whole and sm90 is None else "vendor"
+        assert _C.lora_plan_linear([None, sm80, sm90], whole) == wanted
