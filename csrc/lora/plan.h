@@ -90,7 +90,7 @@ PEFTOPS_HOST_DEVICE constexpr int factor_tile_elements(int ranks, bool down) {
   return kGpuTile * (down && ranks < kGpuTile ? kGpuTile : ranks);
 }
 
-inline int64_t shrink_memory(int ranks, bool down, int element_bytes, int terms) {
+inline int64_t shrink_memory(int ranks, bool down, int element_bytes, int terms = 1) {
   return 2 * int64_t{kGpuTile * kGpuTile + terms * factor_tile_elements(ranks, down)} * element_bytes;
 }
 
