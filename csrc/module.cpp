@@ -2,12 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "common/export.h"
 #include "common/index.h"
 #include "common/numeric.h"
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "lora/gemm.h"
+#include "lora/gemm_sm90.h"
 #include "lora/grouped_plan.h"
 #include "lora/multi_plan.h"
 
@@ -146,4 +149,46 @@ PYBIND11_MODULE(_C, m) {
     return std::tuple(lora::kShrinkRanks[plan.candidate], plan.row_blocks, plan.split.count, plan.rank_blocks, plan.split.length,
                       plan.shared_memory);
   });
+
+  py::class_<lora::DepthTiles>(m, "LoraDepthTiles")
+      .def_readonly("count", &lora::DepthTiles::count)
+      .def_readonly("total", &lora::DepthTiles::total)
+      .def_property_readonly("tiles", [](const lora::DepthTiles& t) { return std::vector<int>(t.tiles, t.tiles + t.count); })
+      .def_property_readonly("last_blocks",
+                             [](const lora::DepthTiles& t) { return std::vector<int>(t.last_blocks, t.last_blocks + t.count); });
+  py::class_<lora::GemmSm90Plan>(m, "LoraGemmSm90Plan")
+      .def_readonly("candidate", &lora::GemmSm90Plan::candidate)
+      .def_readonly("row_tiles", &lora::GemmSm90Plan::row_tiles)
+      .def_readonly("column_tiles", &lora::GemmSm90Plan::column_tiles)
+      .def_readonly("swizzle", &lora::GemmSm90Plan::swizzle);
+  py::class_<lora::Sm90Tile>(m, "LoraSm90Tile")
+      .def_readonly("rows", &lora::Sm90Tile::rows)
+      .def_readonly("columns", &lora::Sm90Tile::columns)
+      .def_readonly("shared_memory", &lora::Sm90Tile::shared_memory)
+      .def_readonly("cost", &lora::Sm90Tile::cost);
+  py::class_<lora::Segment>(m, "LoraSegment")
+      .def(py::init([](uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool down, int64_t depth, bool adapter) {
+             return lora::Segment{
+                 reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<const void*>(w), w_stride, down, depth, adapter};
+           }),
+           py::arg("x") = 0, py::arg("x_stride"), py::arg("w") = 0, py::arg("w_stride"), py::arg("down") = false, py::arg("depth"),
+           py::arg("adapter") = false);
+  py::class_<lora::GemmTask>(m, "LoraGemmTask")
+      .def(py::init([](const std::vector<lora::Segment>& segments, int64_t rows, int64_t columns, uintptr_t d, int64_t d_stride,
+                       uintptr_t mask) {
+             lora::GemmTask task{};
+             task.count = static_cast<int>(segments.size());
+             std::copy_n(segments.begin(), std::min<size_t>(segments.size(), lora::kMaxSegments), task.segments);
+             task.rows = rows, task.columns = columns, task.d = reinterpret_cast<void*>(d), task.d_stride = d_stride;
+             task.mask.data = reinterpret_cast<uint8_t*>(mask);
+             return task;
+           }),
+           py::arg("segments"), py::arg("rows"), py::arg("columns"), py::arg("d") = 0, py::arg("d_stride"), py::arg("mask") = 0);
+  m.attr("lora_sm90_tiles") = std::vector<lora::Sm90Tile>(std::begin(lora::kSm90Tiles), std::end(lora::kSm90Tiles));
+  m.attr("lora_depth_tile") = lora::kDepthTile;
+  m.attr("lora_depth_block") = lora::kDepthBlock;
+  m.def("lora_depth_tiles", &lora::depth_tiles);
+  m.def("lora_refuse_gemm_sm90", &lora::refuse_gemm_sm90, "Why a device cannot run a task with elements of so many bytes; None if it can.");
+  m.def("lora_plan_gemm_sm90", py::overload_cast<int64_t, int64_t, const peftops::Device&>(&lora::plan_gemm_sm90));
+  m.def("lora_plan_gemm_sm90", py::overload_cast<int, int64_t, int64_t>(&lora::plan_gemm_sm90), "The same for a candidate.");
 }

@@ -76,6 +76,11 @@ PEFTOPS_DEVICE uint32_t pack(float16, float low, float high) {
   return pair;
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Until the kernel before it on the stream has ended, whose results can be read from here on; of a launch that may start before that.
+PEFTOPS_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#endif
+
 PEFTOPS_DEVICE float unpack(float16 half) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half.bits));
