@@ -9,6 +9,7 @@
 #include "common/numeric.h"
 #include "common/parallel.h"
 #include "common/philox.h"
+#include "lora/gemm.h"
 #include "lora/gemm_sm90.h"
 #include "lora/grouped_plan.h"
 #include "lora/multi_plan.h"
