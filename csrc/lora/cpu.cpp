@@ -13,17 +13,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem& problem, const Tensor&
                                            const std::optional<Tensor>& seed) {
   const auto& [features, out_features, rank] = problem;
   const int64_t rows = rows_of(x);
+  const Tensor y = base_product(x, weight, bias);
   const bool drops = dropout_p > 0.0;
   if (scale == 0.0)
-    return {base_product(x, weight, bias), zeros_on(x, accumulator_of(x), rows, rank),
+    return {y, zeros_on(x, accumulator_of(x), rows, rank),
             drops ? zeros_on(x, ScalarType::Byte, rows, ceil_div(features, 8)) : empty_on(x, ScalarType::Byte, 0)};
   Tensor mask = drops ? empty_on(x, ScalarType::Byte, rows, ceil_div(features, 8)) : empty_on(x, ScalarType::Byte, 0);
   Call call(x, lora_a);
   const uint64_t key = drops ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
   const Tensor s =
       call.project(Rows(x, features), lora_a, scale / (1.0 - dropout_p), drops, key, dropout_threshold(dropout_p), mask_of(mask));
-  // S before Y: what the up-projection adds to Y meets it while Y is still in a cache.
-  const Tensor y = base_product(x, weight, bias);
   call.expand(y, out_features, s, transposed(matrix_of(lora_b)), Mask{nullptr, 0});
   return {y, s, mask};
 }
@@ -80,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
       check_backward(grad, x, weight, lora_a, lora_b, tensor_scale, dropout_p, s, mask, need_weight || need_a);
   const Rows g(grad, out_features);
   const std::optional<Rows> tokens = x ? std::optional<Rows>(std::in_place, *x, features) : std::nullopt;
+  auto [grad_x, grad_weight, grad_bias] = base_gradients(g, weight, tokens, need_x, need_weight, need_bias);
   Tensor grad_a, grad_b;
   const int64_t rows = g.rows;
   const bool drops = dropout_p > 0.0;
@@ -89,23 +89,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor g
   const bool zero = factor == 0.0 || rows == 0;
   if (need_a) grad_a = zero ? zeros_on(lora_a, type, rank, features) : empty_on(lora_a, type, rank, features);
   if (need_b) grad_b = zero ? zeros_on(lora_b, type, out_features, rank) : empty_on(lora_b, type, out_features, rank);
-  const bool passes = !zero && (need_x || need_a || need_b);
-  std::optional<Call> call;
-  std::optional<Tensor> grad_s;
-  if (passes) {
-    call.emplace(grad, lora_a);
-    const Tensor sums = as_contiguous(s);
-    const Matrix b = matrix_of(lora_b);
-    grad_s = call->gradient(g, need_b ? &sums : nullptr, need_b ? &grad_b : nullptr, rank, 1, rank, need_x || need_a ? &b : nullptr, factor,
-                            Mask{nullptr, 0});
-  }
-  // dS before dX, and dA after it: what the up-projection adds to dX meets it while dX is still in a cache.
-  auto [grad_x, grad_weight, grad_bias] = base_gradients(g, weight, tokens, need_x, need_weight, need_bias);
-  if (passes) {
-    const Tensor bits = as_contiguous(mask);
+  if (!zero && (need_x || need_a || need_b)) {
+    Call call(grad, lora_a);
+    const Tensor sums = as_contiguous(s), bits = as_contiguous(mask);
     const Mask kept = drops ? mask_of(bits) : Mask{nullptr, 0};
-    if (need_x) call->expand(grad_x, features, *grad_s, matrix_of(lora_a), kept);
-    if (need_a) call->gradient(*tokens, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
+    const Matrix b = matrix_of(lora_b);
+    const std::optional<Tensor> grad_s = call.gradient(g, need_b ? &sums : nullptr, need_b ? &grad_b : nullptr, rank, 1, rank,
+                                                       need_x || need_a ? &b : nullptr, factor, Mask{nullptr, 0});
+    if (need_a) call.gradient(*tokens, &*grad_s, &grad_a, 1, features, rank, nullptr, 1.0, kept);
+    if (need_x) call.expand(grad_x, features, *grad_s, matrix_of(lora_a), kept);
   }
   return backward_results(grad, features, {grad_x, grad_weight, grad_bias, grad_a, grad_b});
 }

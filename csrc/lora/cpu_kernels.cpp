@@ -363,8 +363,7 @@ void expand_blocks(const ExpandTask& t, int64_t begin, int64_t end) {
   constexpr int64_t lanes = kLanes<typename M::Acc>;
   constexpr int kRows = kTile / 4;
   const int64_t column_tasks = ceil_div(t.features, kExpandColumns);
-  // From the end: what was written last is still in a cache.
-  for (int64_t task = end; task-- > begin;) {
+  for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / column_tasks * kRowBlock, row_end = min_of(row + kRowBlock, t.rows);
     const int64_t column = task % column_tasks * kExpandColumns, column_end = min_of(column + kExpandColumns, t.features);
     for (int64_t chunk = column; chunk < column_end; chunk += kColumnChunk) {
