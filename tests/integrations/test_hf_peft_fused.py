@@ -9,7 +9,7 @@ import torch
 from peftops.integrations import hf_peft
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ..nn.sharing import counted, groups, nothing_waits
+from ..nn.sharing import counted, few_rows_count, groups, nothing_waits  # noqa: F401
 from . import models
 from .models import assert_close, batch, gradients, with_adapter
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import pytest
 import torch
 from peftops.nn import sharing
 from peftops.nn.sharing import Member
 
-_VOCABULARY = 60
+
+@pytest.fixture(autouse=True)
+def few_rows_count(monkeypatch):
+    """In modules that import it the small inputs of the tests stand for large ones."""
+    monkeypatch.setattr(sharing, "FEW_ROWS", -1)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from .laws import add, train
-from .sharing import assert_same, counted, groups, nothing_waits, train_step
+from .sharing import assert_same, counted, few_rows_count, groups, nothing_waits, train_step  # noqa: F401
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 
@@ -144,6 +144,17 @@ def test_families_and_kinds():
     assert share_inputs(model, LoRALinear) == 1  # again: the same
     unshare_inputs(model)
     assert not groups(model)
+
+
+def test_few_rows_without_gradients_are_not_worth_a_group(monkeypatch):
+    monkeypatch.undo()
+    model = Attention(p=0.3)
+    share_inputs(model, LoRALinear)
+    with counted() as calls:
+        with torch.no_grad():
+            model(tokens(rows=64)), model(tokens(rows=65))
+        model(tokens(rows=1))
+    assert calls == [3, 3]
 
 
 # ---- what happens between the calls ----------------------------------------------------------------------------------

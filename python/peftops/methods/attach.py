@@ -21,7 +21,8 @@ def attach(model: nn.Module, method: LoRA, name: str = ADAPTER, share_inputs: bo
 
     name: of the adapter, where there will be several.
     share_inputs: whether projections that read the same input (q, k and v; gate and up) are computed in one operator
-        call, see :mod:`peftops.nn.sharing`.
+        call, see :mod:`peftops.nn.sharing`. Outputs and masks stay what they are; the last bits of gradients differ.
+        Not under torch.compile, hooks on a layer or non-reentrant checkpointing, where each layer is called.
 
     Raises TypeError for something that is no method or a target that cannot be adapted, ValueError for a target that
     matches nothing or a hyperparameter that does not fit, RuntimeError for a model that carries adapters already.

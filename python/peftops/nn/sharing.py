@@ -42,6 +42,8 @@ FAMILIES = (
 # Parts of the names of modules whose queries come from one tensor, keys and values from another.
 _CROSS = ("cross", "encdec", "encoder_attn", "attn2")
 _PLAIN = (nn.Parameter, Tensor)
+# Without gradients, up to so many rows, each layer is called: to keep the books takes longer than one call saves.
+FEW_ROWS = 64
 
 
 class Operands(NamedTuple):
@@ -286,7 +288,7 @@ def _draw(device: torch.device, count: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def _ordinary(x: Tensor) -> bool:
-    """Whether nothing but this call itself decides what is computed and recorded.
+    """Whether nothing but this call itself decides what is computed and recorded, and it is worth while.
 
     Hooks on saved tensors are those of non-reentrant checkpointing, whose recomputation has to save what the first pass
     has saved, whatever became of the group meanwhile.
@@ -294,6 +296,8 @@ def _ordinary(x: Tensor) -> bool:
     return (
         type(x) in _PLAIN
         and x.device.type in ("cpu", "cuda")
+        and x.dim() > 0
+        and (torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1])
         and not x.is_inference()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -338,7 +342,7 @@ def _alike(x: Tensor, a: Operands, b: Operands) -> bool:
     """Whether one call takes both, and their outputs are parts of autograd's graph or neither of them is: a common node
     makes both one.
     """
-    return go_together(a, b) and (x.requires_grad or _trains(a) == _trains(b))
+    return go_together(a, b) and (x.requires_grad or not torch.is_grad_enabled() or _trains(a) == _trains(b))
 
 
 def _trains(operands: Operands) -> bool:
