@@ -14,7 +14,7 @@ from tests.device.test_emulated_operators import CUDA, DEVICES, DTYPES, MOST_ROW
 from tests.gpu import grouped
 
 emulated = runs_in("emulator")
-RANDOM_CALLS = 60
+RANDOM_CALLS = 30
 CONTRACT = CONTRACTS["peftops::grouped_lora_linear"]
 
 

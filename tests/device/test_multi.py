@@ -16,7 +16,7 @@ from tests.device.test_emulated_operators import CUDA, DEVICES, DTYPES, MOST_ROW
 from tests.gpu import multi
 
 emulated = runs_in("emulator")
-RANDOM_CALLS = 60
+RANDOM_CALLS = 30
 
 
 def operands(dtype: torch.dtype, seed: int, ranks: tuple, rows: int = 70, factors: torch.dtype | None = None) -> dict:
