@@ -119,6 +119,7 @@ def test_a_graph_that_writes_nothing_is_seen():
         (LINEAR, "seed", "replay with another dropout seed"),
         ("lora_linear.tensor_scale-bfloat16", "scale", "replay with scale 0"),
         ("lora_dropout_mask-float32", "seed", "replay with another dropout seed"),
+        ("grouped_lora_linear-bfloat16", "adapter_ids", "replay with (no adapters|one adapter|every adapter)"),
     ],
 )
 def test_a_graph_with_an_argument_baked_in_is_seen(name, argument, text):
