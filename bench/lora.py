@@ -40,7 +40,7 @@ from lora_contenders import (
     saved_contenders,
     train_contenders,
 )
-from lora_kinds import ALPHA, OURS, OURS_FP32, PEFT, PEFT_FP32, RANK, UNSLOTH
+from lora_kinds import ALPHA, OURS, OURS_FP32, PACKED, PACKED_BASE, PEFT, PEFT_FP32, RANK, UNSLOTH
 
 _PACKAGES = ("torch", "peft", "transformers")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -52,6 +52,9 @@ RANKS = (8, 64)  # beside 16
 TRAIN_LIMIT = {(4096, 0.0): 1.04, (4096, 0.1): 1.04, (1024, 0.0): 1.12, (1024, 0.1): 1.18}
 DECODE_OVER_PEFT_1024 = 0.7
 DECODE_OVER_BASE_4096 = 1.10
+# On a packed weight: (tokens, dtype) -> most over the base at K = N = 4096; and what LoRA may take beside it.
+PACKED_OVER_BASE = {(1, torch.bfloat16): 1 / 1.4, (16, torch.bfloat16): 1 / 1.5, (16, torch.float32): 1 / 2}
+LORA_OVER_PACKED = 1.03
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -122,6 +125,8 @@ def decode_case(tokens, size, dtype, cached, quick, ceilings, last_cache) -> Cas
         targets = [Target(OURS, PEFT, DECODE_OVER_PEFT_1024)]
     if tokens == 1 and size == 4096:
         targets = [Target(OURS, BASE, DECODE_OVER_BASE_4096)]
+    if (limit := PACKED_OVER_BASE.get((tokens, dtype))) and size == 4096:
+        targets += [Target(PACKED, BASE, limit), Target(PACKED, PACKED_BASE, LORA_OVER_PACKED)]
     problem = Problem(tokens, size, size, dtype)
     build = functools.partial(forward_contenders, problem, cached, tokens == 1 and not quick, last_cache)
     facts = {**problem.facts, "weights_cached": cached}

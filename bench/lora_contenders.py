@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import harness
 import torch
 from harness import BASE, Contender, Unavailable
-from lora_kinds import RANK, SCALE, Kind, factors, fill_factors, frozen, kinds, shell
+from lora_kinds import RANK, SCALE, Kind, factors, fill_factors, frozen, kinds, packed_kinds, shell
 from torch import Tensor, nn
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -212,7 +212,7 @@ def forward_contenders(problem: Problem, cached: bool, compiled: bool, last_cach
         return Contender(name, step, check)
 
     result = [contender(BASE, [shell(w).eval() for w in weights], _call)]
-    for kind in kinds(problem.dtype, compiled):
+    for kind in kinds(problem.dtype, compiled) + (packed_kinds() if problem.device == "cpu" else []):
         layers = adapted(problem, kind, weights, training=False)
         c = contender(kind.name, layers, kind.run(_call, problem.device))
         result.append(Contender(c.name, c.step, _or_unavailable(c.check, kind)))

@@ -14,6 +14,7 @@ RANK, ALPHA = 16, 32
 SCALE = ALPHA / RANK  # for every rank
 OURS, PEFT, COMPILED = "peftops", "PEFT", "PEFT compiled"
 OURS_FP32, PEFT_FP32 = f"{OURS}, fp32 factors", f"{PEFT}, fp32 factors"
+PACKED, PACKED_BASE = f"{OURS}, packed", f"{OURS}, packed, without LoRA"
 PEFT_AUTOCAST, UNSLOTH = f"{PEFT}, autocast", "Unsloth's order"
 
 
@@ -85,6 +86,22 @@ def unsloth_layer(linear: nn.Linear, dropout: float, factor_dtype: torch.dtype |
     return UnslothLayer(linear, dropout, rank)
 
 
+class PackedLayer(nn.Module):
+    """LoRA of some rank, 0 too, on a packed weight."""
+
+    def __init__(self, linear: nn.Linear, dropout: float, rank: int):
+        super().__init__()
+        self.out_features = linear.out_features
+        self.register_buffer("packed", torch.ops.peftops.pack_weight(linear.weight.detach()))
+        self.register_buffer("scale", torch.tensor(SCALE))
+        self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        self.lora_b = nn.Parameter(linear.weight.new_empty(linear.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = (self.lora_a, self.lora_b)
+        return torch.ops.peftops.lora_linear_packed(x, self.packed, None, *factors, self.scale, self.out_features)
+
+
 # ---- kinds -----------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +134,14 @@ def kinds(dtype: torch.dtype, compiled: bool) -> list[Kind]:
     return result + ([Kind(COMPILED, peft_layer, compiled=True)] if compiled else [])
 
 
+def packed_kinds() -> list[Kind]:
+    """LoRA on a packed weight, and that weight alone."""
+    return [
+        Kind(PACKED, lambda linear, dropout, factor_dtype, rank: PackedLayer(linear, dropout, rank)),
+        Kind(PACKED_BASE, lambda linear, dropout, factor_dtype, rank: PackedLayer(linear, dropout, 0)),
+    ]
+
+
 def factors(module: nn.Module) -> list[Tensor]:
     """Parameters A, B of every LoRA layer inside, in the order of the layers; PEFT and peftops name them alike but for
     case.
@@ -133,7 +158,7 @@ def fill_factors(layer: nn.Module, in_features: int, seed: int) -> None:
     a, b = factors(layer)
     with torch.no_grad():
         a.copy_((torch.randn(a.shape, generator=generator) / in_features**0.5).bfloat16())
-        b.copy_((torch.randn(b.shape, generator=generator) / b.shape[1] ** 0.5).bfloat16())
+        b.copy_((torch.randn(b.shape, generator=generator) / max(b.shape[1], 1) ** 0.5).bfloat16())
 
 
 def shell(weight: nn.Parameter) -> nn.Linear:

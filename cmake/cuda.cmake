@@ -10,9 +10,12 @@ if(NOT cutlass_version VERSION_GREATER_EQUAL 4.2)
                       "pip install --no-deps nvidia-cutlass==4.2.0.0 and build without isolation, or clone github.com/NVIDIA/cutlass")
 endif()
 
-# sm_80 and sm_90a machine code; PTX of compute_80 for what comes after. sm_90a code and its PTX run on Hopper only.
-set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
+# sm_80 and sm_90a machine code; PTX of compute_80 for what comes after. sm_90a code and its PTX run on Hopper only: what is written for it
+# (*_sm90_*.cu) is compiled for nothing else.
 set(PEFTOPS_CUDA_TARGETS "sm_80 sm_90a compute_80")
+set(hopper "--generate-code=arch=compute_90a,code=[sm_90a]")
+set(everywhere "--generate-code=arch=compute_80,code=[compute_80,sm_80]" ${hopper})
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # each source has its own
 if(NOT DEFINED ENV{CUDAHOSTCXX})
   set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
 endif()
@@ -25,7 +28,10 @@ foreach(room IN LISTS PEFTOPS_ROOMS)
   file(GLOB checks CONFIGURE_DEPENDS csrc/${room}/*.cpp)
   list(FILTER checks EXCLUDE REGEX "(kernels|cpu)\\.cpp$")
   target_sources(peftops_cuda PRIVATE ${checks} ${kernels})
-  set_source_files_properties(${kernels} PROPERTIES OBJECT_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_gate.py)
+  set_source_files_properties(${kernels} PROPERTIES OBJECT_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_gate.py
+                                                    COMPILE_OPTIONS "${everywhere}")
+  list(FILTER kernels INCLUDE REGEX "_sm90_[^/]*$")
+  set_source_files_properties(${kernels} PROPERTIES COMPILE_OPTIONS "${hopper}")
 endforeach()
 peftops_operators(peftops_cuda ${CMAKE_CURRENT_SOURCE_DIR}/csrc/libpeftops_cuda.map)
 set_target_properties(peftops_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_VISIBILITY_PRESET hidden

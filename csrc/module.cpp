@@ -2,14 +2,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "common/export.h"
 #include "common/index.h"
 #include "common/numeric.h"
 #include "common/parallel.h"
 #include "common/philox.h"
+#include "lora/gemm.h"
+#include "lora/gemm_sm90.h"
 #include "lora/grouped_plan.h"
 #include "lora/multi_plan.h"
-#include "lora/plan.h"
 
 namespace py = pybind11;
 
@@ -68,10 +71,46 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("rank_blocks", &lora::GradientPlan::rank_blocks)
       .def_readonly("split", &lora::GradientPlan::split)
       .def_readonly("shared_memory", &lora::GradientPlan::shared_memory);
-  m.def("lora_refuse_shrink", &lora::refuse_shrink, "Why a device cannot run a candidate; None if it can.");
-  m.def("lora_plan_shrink", &lora::plan_shrink);
-  m.def("lora_plan_expand", &lora::plan_expand);
-  m.def("lora_plan_gradient", &lora::plan_gradient);
+  m.def("lora_refuse_shrink", &lora::refuse_shrink, "Why a device cannot run a candidate; None if it can.", py::arg("ranks"),
+        py::arg("down"), py::arg("element_bytes"), py::arg("device"), py::arg("terms") = 1);
+  m.def("lora_plan_shrink", &lora::plan_shrink, py::arg("rows"), py::arg("depth"), py::arg("rank"), py::arg("down"),
+        py::arg("element_bytes"), py::arg("device"), py::arg("terms") = 1);
+  m.def("lora_plan_expand", &lora::plan_expand, py::arg("rows"), py::arg("columns"), py::arg("element_bytes"), py::arg("device"),
+        py::arg("terms") = 1);
+  m.def("lora_plan_gradient", &lora::plan_gradient, py::arg("rows"), py::arg("features"), py::arg("rank"), py::arg("element_bytes"),
+        py::arg("device"), py::arg("terms") = 1);
+
+  m.attr("lora_gemm_tile") = lora::kGemmTile;
+  m.attr("lora_gemm_depth") = lora::kGemmDepth;
+  m.attr("lora_gemm_memory") = lora::kGemmMemory;
+  m.attr("lora_linears") = std::vector<std::string>(std::begin(lora::kLinearNames), std::end(lora::kLinearNames));
+  m.def("lora_refuse_gemm_sm80", &lora::refuse_gemm_sm80, "Why a device cannot make a result of this size; None if it can.");
+  m.def("lora_plan_gemm_sm80", [](int64_t rows, int64_t columns) {
+    const lora::GemmPlan plan = lora::plan_gemm_sm80(rows, columns);
+    return std::pair{plan.row_blocks, plan.column_blocks};
+  });
+  m.def("lora_gemm_block", [](uint32_t index, uint32_t row_blocks, uint32_t column_blocks) {
+    const lora::GemmBlock block = lora::gemm_block(index, row_blocks, column_blocks);
+    return std::pair{block.row, block.column};
+  });
+  m.def(
+      "lora_segment_tiles",
+      [](const std::vector<std::pair<int64_t, bool>>& segments, int64_t tile, bool off) {
+        lora::GemmTask task{};
+        for (const auto& [depth, adapter] : segments)
+          task.segments[task.count].depth = depth, task.segments[task.count++].adapter = adapter;
+        std::vector<std::pair<int, int64_t>> found;
+        for (lora::SegmentTile at = lora::first_tile(task, 0, off); at.segment < task.count; at = lora::next_tile(task, at, tile, off))
+          found.emplace_back(at.segment, at.depth);
+        return found;
+      },
+      "The tiles of a GEMM's contraction: (segment, depth) of each. segments: (depth, adapter).");
+  m.def("lora_plan_linear", [](const std::vector<std::optional<std::string>>& refused, bool whole) {
+    lora::LinearRefusals reasons{};
+    for (int i = 0; i < lora::kLinears; ++i)
+      reasons.of[i] = refused.at(static_cast<size_t>(i)) ? refused[static_cast<size_t>(i)]->c_str() : nullptr;
+    return lora::kLinearNames[static_cast<int>(lora::plan_linear(reasons, whole))];
+  });
 
   m.attr("grouped_few_tokens") = lora::kFewTokens;
   m.def("grouped_tile_slots", &lora::tile_slots);
@@ -110,4 +149,46 @@ PYBIND11_MODULE(_C, m) {
     return std::tuple(lora::kShrinkRanks[plan.candidate], plan.row_blocks, plan.split.count, plan.rank_blocks, plan.split.length,
                       plan.shared_memory);
   });
+
+  py::class_<lora::DepthTiles>(m, "LoraDepthTiles")
+      .def_readonly("count", &lora::DepthTiles::count)
+      .def_readonly("total", &lora::DepthTiles::total)
+      .def_property_readonly("tiles", [](const lora::DepthTiles& t) { return std::vector<int>(t.tiles, t.tiles + t.count); })
+      .def_property_readonly("last_blocks",
+                             [](const lora::DepthTiles& t) { return std::vector<int>(t.last_blocks, t.last_blocks + t.count); });
+  py::class_<lora::GemmSm90Plan>(m, "LoraGemmSm90Plan")
+      .def_readonly("candidate", &lora::GemmSm90Plan::candidate)
+      .def_readonly("row_tiles", &lora::GemmSm90Plan::row_tiles)
+      .def_readonly("column_tiles", &lora::GemmSm90Plan::column_tiles)
+      .def_readonly("swizzle", &lora::GemmSm90Plan::swizzle);
+  py::class_<lora::Sm90Tile>(m, "LoraSm90Tile")
+      .def_readonly("rows", &lora::Sm90Tile::rows)
+      .def_readonly("columns", &lora::Sm90Tile::columns)
+      .def_readonly("shared_memory", &lora::Sm90Tile::shared_memory)
+      .def_readonly("cost", &lora::Sm90Tile::cost);
+  py::class_<lora::Segment>(m, "LoraSegment")
+      .def(py::init([](uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool down, int64_t depth, bool adapter) {
+             return lora::Segment{
+                 reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<const void*>(w), w_stride, down, depth, adapter};
+           }),
+           py::arg("x") = 0, py::arg("x_stride"), py::arg("w") = 0, py::arg("w_stride"), py::arg("down") = false, py::arg("depth"),
+           py::arg("adapter") = false);
+  py::class_<lora::GemmTask>(m, "LoraGemmTask")
+      .def(py::init([](const std::vector<lora::Segment>& segments, int64_t rows, int64_t columns, uintptr_t d, int64_t d_stride,
+                       uintptr_t mask) {
+             lora::GemmTask task{};
+             task.count = static_cast<int>(segments.size());
+             std::copy_n(segments.begin(), std::min<size_t>(segments.size(), lora::kMaxSegments), task.segments);
+             task.rows = rows, task.columns = columns, task.d = reinterpret_cast<void*>(d), task.d_stride = d_stride;
+             task.mask.data = reinterpret_cast<uint8_t*>(mask);
+             return task;
+           }),
+           py::arg("segments"), py::arg("rows"), py::arg("columns"), py::arg("d") = 0, py::arg("d_stride"), py::arg("mask") = 0);
+  m.attr("lora_sm90_tiles") = std::vector<lora::Sm90Tile>(std::begin(lora::kSm90Tiles), std::end(lora::kSm90Tiles));
+  m.attr("lora_depth_tile") = lora::kDepthTile;
+  m.attr("lora_depth_block") = lora::kDepthBlock;
+  m.def("lora_depth_tiles", &lora::depth_tiles);
+  m.def("lora_refuse_gemm_sm90", &lora::refuse_gemm_sm90, "Why a device cannot run a task with elements of so many bytes; None if it can.");
+  m.def("lora_plan_gemm_sm90", py::overload_cast<int64_t, int64_t, const peftops::Device&>(&lora::plan_gemm_sm90));
+  m.def("lora_plan_gemm_sm90", py::overload_cast<int, int64_t, int64_t>(&lora::plan_gemm_sm90), "The same for a candidate.");
 }

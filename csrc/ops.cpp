@@ -47,6 +47,12 @@ STABLE_TORCH_LIBRARY(peftops, m) {
       "lora_linear_multi_backward(Tensor?[] grads, Tensor? x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor scales, "
       "float dropout_p, Tensor s, Tensor masks, bool need_x, bool[] need_weight, bool[] need_bias, bool[] need_a, bool[] need_b) "
       "-> (Tensor grad_x, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_a, Tensor[] grad_b)");
+  // A frozen weight [N, K] in the order in which few rows read it: [ceil(N / 16), ceil(K / 2), 16, 2], element [i, k, j, l] =
+  // weight[16 i + j, 2 k + l], zero beyond. CPU only.
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  // lora_linear without dropout and without gradients on such a weight; scale float32, 0-d. CPU only.
+  m.def(
+      "lora_linear_packed(Tensor x, Tensor packed, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scale, int out_features) -> Tensor");
   // True where dropout keeps: Philox4x32-10, key = seed, counter = (column / 8, row low, row high, 0), 16 bits per element.
   m.def("lora_dropout_mask(Tensor seed, int rows, int cols, float p) -> Tensor");
 }

@@ -15,9 +15,16 @@ namespace peftops {
 
 constexpr int64_t kDefaultSharedMemory = 48 * 1024;  // what a block may have without opt-in
 constexpr int kMinSm = 80;
+constexpr size_t kMostArgumentBytes = 4096;
 
 struct Grid {
   int64_t x, y = 1, z = 1;
+};
+
+// How a launch's blocks go together, and the launch with the one before it on the stream.
+struct Together {
+  int cluster = 1;            // blocks of a cluster, along x; the grid is a multiple of it
+  bool programmatic = false;  // may start while the kernel before still runs, and waits for it on the device
 };
 
 // One operator call on a GPU: its device is current while this lives, and every launch goes to that device's current stream.
@@ -36,12 +43,13 @@ class Launcher {
   }
 
   const Device& device() const { return device_; }
+  const char* op() const { return op_; }
 
   // Every kernel takes one struct.
   template <class Task>
-  void operator()(void (*kernel)(Task), Grid grid, int threads, int64_t shared_memory, const Task& task) const {
+  void operator()(void (*kernel)(Task), Grid grid, int threads, int64_t shared_memory, const Task& task, Together together = {}) const {
     // The emulator of the tests does not know the type: it passes the struct as a caller would, in memory.
-    static_assert(std::is_trivially_copyable_v<Task> && sizeof(Task) > 16 && sizeof(Task) <= 1024);
+    static_assert(std::is_trivially_copyable_v<Task> && sizeof(Task) > 16 && sizeof(Task) <= kMostArgumentBytes);
     PEFTOPS_CHECK(
         grid.x > 0 && grid.x <= std::numeric_limits<int32_t>::max() && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535, op_,
         ": a grid of ", grid.x, " x ", grid.y, " x ", grid.z, " blocks is more than CUDA launches");
@@ -56,6 +64,18 @@ class Launcher {
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_memory);
     config.stream = stream_;
+    cudaLaunchAttribute attributes[2];
+    config.attrs = attributes;
+    if (together.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {static_cast<unsigned>(together.cluster), 1, 1};
+    }
+    if (together.programmatic) {
+      cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
     void* arguments[] = {const_cast<Task*>(&task)};
     check(cudaLaunchKernelExC(&config, function, arguments));
   }

@@ -28,4 +28,10 @@ using TileLayout = decltype(cute::composition(
     typename detail::TileSwizzle<kElementBytes>::type{},
     cute::Layout<cute::Shape<cute::_8, cute::Int<kTileColumns>>, cute::Stride<cute::Int<kTileColumns>, cute::_1>>{}));
 
+// The same for tiles of 16-bit elements with 32 a row: two rows share the 32 banks.
+constexpr int kNarrowTileColumns = 32;
+using NarrowTileLayout = decltype(cute::composition(
+    cute::Swizzle<2, 3, 3>{},
+    cute::Layout<cute::Shape<cute::_8, cute::Int<kNarrowTileColumns>>, cute::Stride<cute::Int<kNarrowTileColumns>, cute::_1>>{}));
+
 }  // namespace peftops

@@ -49,6 +49,20 @@ PEFTOPS_DEVICE void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uin
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Sixteen bytes from global to shared memory, both on 16 bytes, or zeros where they do not exist. They are there after a wait for the
+// group that the next commit closes; other threads see them after a barrier behind that.
+PEFTOPS_DEVICE void cp_async_16(void* to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+PEFTOPS_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all of this thread's groups but the last kPending.
+template <int kPending>
+PEFTOPS_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Two rounded to 16 bits, `low` in the low half: numeric.h's rounding in one instruction.
 PEFTOPS_DEVICE uint32_t pack(bfloat16, float low, float high) {
   uint32_t pair;
@@ -62,9 +76,20 @@ PEFTOPS_DEVICE uint32_t pack(float16, float low, float high) {
   return pair;
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Until the kernel before it on the stream has ended, whose results can be read from here on; of a launch that may start before that.
+PEFTOPS_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#endif
+
 PEFTOPS_DEVICE float unpack(float16 half) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half.bits));
+  return value;
+}
+
+// The same value, made here: what is computed from it cannot move out of a loop, where it would hold registers.
+PEFTOPS_DEVICE int made_here(int value) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(value));
   return value;
 }
 
@@ -76,6 +101,14 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+void cp_async_16(void* to, const void* from, bool exists);
+void cp_async_commit();
+void cp_async_wait(int pending);
+
+template <int kPending>
+PEFTOPS_DEVICE void cp_async_wait() {
+  cp_async_wait(kPending);
+}
 
 PEFTOPS_DEVICE uint32_t pack(bfloat16, float low, float high) {
   return to_bfloat16(low).bits | static_cast<uint32_t>(to_bfloat16(high).bits) << 16;
@@ -84,6 +117,7 @@ PEFTOPS_DEVICE uint32_t pack(float16, float low, float high) {
   return to_float16(low).bits | static_cast<uint32_t>(to_float16(high).bits) << 16;
 }
 PEFTOPS_DEVICE float unpack(float16 half) { return to_float(half); }
+PEFTOPS_DEVICE int made_here(int value) { return value; }
 #endif
 
 PEFTOPS_DEVICE float unpack(bfloat16 value) { return to_float(value); }

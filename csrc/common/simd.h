@@ -155,6 +155,30 @@ inline auto sum_lanes(V v) {
 inline float sum_lanes(Vector<float> v) { return _mm512_reduce_add_ps((__m512)v); }
 #endif
 
+// out[j] = sum_lanes(v[j]) for `count` vectors, at most sixteen; all sixteen may be read.
+template <class A>
+inline void sum_each(const Vector<A>* v, int64_t count, A* out) {
+#if defined(__AVX512F__)
+  // The halves that sum_lanes adds, of two vectors in one: distances of 8, 4, 2 and 1 lanes.
+  if constexpr (sizeof(A) == 4) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 sum[16];
+    for (int j = 0; j < 16; ++j) sum[j] = (__m512)v[j];
+    for (int distance = 8; distance; distance /= 2) {
+      const __m512i bit = _mm512_set1_epi32(distance), other = _mm512_xor_si512(lane, bit);
+      const __mmask16 second = _mm512_test_epi32_mask(lane, bit);
+      const __m512i places = _mm512_mask_add_epi32(other, second, other, _mm512_set1_epi32(16));
+      for (int j = 0; j < distance; ++j)
+        sum[j] = _mm512_add_ps(_mm512_mask_blend_ps(second, sum[j], sum[j + distance]),
+                               _mm512_permutex2var_ps(sum[j], places, sum[j + distance]));
+    }
+    _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << count) - 1), sum[0]);
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < count; ++j) out[j] = sum_lanes(v[j]);
+}
+
 // Lanes whose bit is clear become zero, NaN and infinity included. `bits` holds one bit per lane, lane 0 first.
 template <class A>
 inline Vector<A> keep(Vector<A> v, uint32_t bits) {

@@ -41,25 +41,15 @@ Tensor lora_linear_any(const Tensor& x, const Tensor& weight, const std::optiona
   const auto& [features, out_features, rank] = problem;
   const double factor = value_of(scale, tensor_scale);
   const int64_t rows = rows_of(x);
+  const Kernels& kernels = level_kernels().find(storage_of(x), storage_of(lora_a));
   const bool small = rows <= kSmallRows && dropout_p == 0.0 && factor != 0.0 && (features <= 1 || weight.stride(1) == 1);
   if (!small) return std::get<0>(forward(problem, x, weight, bias, lora_a, lora_b, factor, dropout_p, seed));
 
-  const Kernels& kernels = level_kernels().find(storage_of(x), storage_of(lora_a));
-  const Tensor tokens = by_piece(as_contiguous(x), rows, features);
-  const Tensor a = with_unit_stride(lora_a), b = with_unit_stride(lora_b);
-  Tensor s = empty_on(x, accumulator_of(x), rows, rank);
+  const Tensor pieces = by_piece(as_contiguous(x), rows, features), b = with_unit_stride(lora_b);
+  const Tensor s = few_row_sums(pieces, rows, lora_a, factor);
   Tensor y = empty_on(x, x.scalar_type(), rows, out_features);
-
-  SmallTask down{};
-  down.x = tokens.const_data_ptr(), down.weight = a.const_data_ptr();
-  down.rows = rows, down.features = features, down.out_features = rank, down.weight_stride = a.stride(0);
-  down.factor = factor;
-  down.y = s.mutable_data_ptr();
-  spread(ceil_div(rank, kSmallBlock), small_grain(rows, features),
-         [&](int64_t begin, int64_t end) { kernels.small_project(down, begin, end); });
-
   SmallTask task{};
-  task.x = tokens.const_data_ptr(), task.weight = weight.const_data_ptr();
+  task.x = pieces.const_data_ptr(), task.weight = weight.const_data_ptr();
   task.rows = rows, task.features = features, task.out_features = out_features, task.weight_stride = weight.stride(0);
   task.factor = 1.0;
   const Tensor dense_bias = bias ? as_contiguous(*bias) : Tensor();

@@ -219,13 +219,13 @@ class Call {
 // Contiguous rows for the few-row kernel, kSmallRows at a time, each time piece by piece: whole rows are often a power of two apart and
 // would meet in the same lines of the cache.
 inline Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
-  if (small_piece(rows, features) >= features) return x;
   const int64_t size = static_cast<int64_t>(x.element_size());
+  if (small_piece(rows, features, size) >= features) return x;
   Tensor pieces = empty_on(x, x.scalar_type(), rows, features);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(pieces.mutable_data_ptr());
   for (int64_t row = 0; row < rows; row += kSmallRows) {
-    const int64_t end = min_of(row + kSmallRows, rows), piece = small_piece(end - row, features);
+    const int64_t end = min_of(row + kSmallRows, rows), piece = small_piece(end - row, features, size);
     for (int64_t k = 0; k < features; k += piece) {
       const int64_t bytes = min_of(piece, features - k) * size;
       for (int64_t i = row; i < end; ++i, to += bytes) std::memcpy(to, from + (i * features + k) * size, static_cast<size_t>(bytes));
@@ -234,8 +234,31 @@ inline Tensor by_piece(const Tensor& x, int64_t rows, int64_t features) {
   return pieces;
 }
 
-// Tasks of the few-row kernel that are worth a thread: about 2^15 products.
-inline int64_t small_grain(int64_t rows, int64_t products) { return ceil_div(1 << 15, kSmallBlock * (rows * products + 1)); }
+// Tasks of the few-row kernel that are worth a thread: about 2^17 products.
+inline int64_t small_grain(int64_t rows, int64_t products) { return ceil_div(1 << 17, kSmallBlock * (rows * products + 1)); }
+
+// S = factor * x A^T by the few-row kernel; x from by_piece.
+inline Tensor few_row_sums(const Tensor& pieces, int64_t rows, const Tensor& lora_a, double factor) {
+  const Kernels& kernels = level_kernels().find(storage_of(pieces), storage_of(lora_a));
+  const int64_t rank = lora_a.size(0), features = lora_a.size(1), blocks = ceil_div(rank, kSmallBlock);
+  const Tensor a = with_unit_stride(lora_a);
+  Tensor s = empty_on(pieces, accumulator_of(pieces), rows, rank);
+  const char* x = static_cast<const char*>(pieces.const_data_ptr());
+  char* out = static_cast<char*>(s.mutable_data_ptr());
+  spread(ceil_div(rows, kSmallRows) * blocks, small_grain(min_of(rows, kSmallRows), features), [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t row = at / blocks * kSmallRows;
+      SmallTask task{};
+      task.x = x + row * features * static_cast<int64_t>(pieces.element_size());
+      task.weight = a.const_data_ptr(), task.weight_stride = a.stride(0);
+      task.rows = min_of(kSmallRows, rows - row), task.features = features, task.out_features = rank;
+      task.factor = factor;
+      task.y = out + row * rank * static_cast<int64_t>(s.element_size());
+      kernels.small_project(task, at % blocks, at % blocks + 1);
+    }
+  });
+  return s;
+}
 
 inline Mask mask_of(const Tensor& mask) {
   return mask.dim() == 2 ? Mask{static_cast<uint8_t*>(mask.data_ptr()), mask.size(1)} : Mask{nullptr, 0};

@@ -9,6 +9,7 @@
 #include <cstddef>
 
 #include "../common/simd.h"
+#include "../common/transpose.h"
 #include "plan.h"
 
 namespace peftops::lora {
@@ -187,10 +188,38 @@ void pair_rows(const uint32_t* from, int64_t rows, int64_t columns, uint32_t* to
 }
 #endif
 
+#ifdef __AVX512BF16__
+// Rows [begin, end) of the packed form of a matrix whose lanes lie along the contraction, in elements of 32 bits: eight elements of sixteen
+// lanes at a time.
+template <class F>
+void pack_words(const Matrix& from, Packed to, int64_t begin, int64_t end) {
+  constexpr int64_t kShorts = sizeof(F) / 2;
+  for (int64_t j = 0; j < from.lanes; j += 16)
+    for (int64_t k = begin; k < end; k += 8) {
+      const int64_t shorts = min_of(16, from.contraction * kShorts - 2 * k);
+      const auto words = [&](int64_t lane) {
+        if (lane >= from.lanes) return _mm256_setzero_si256();
+        const char* at = static_cast<const char*>(from.data) + lane * from.lane_stride * static_cast<int64_t>(sizeof(F)) + 4 * k;
+        return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << shorts) - 1), at);
+      };
+      __m512i block[8];
+      for (int i = 0; i < 8; ++i) block[i] = _mm512_maskz_inserti64x4(0xff, _mm512_zextsi256_si512(words(j + i)), words(j + i + 8), 1);
+      transpose<uint32_t>(block);
+      uint32_t* out = static_cast<uint32_t*>(to.data) + k * to.stride + j;
+      for (int64_t i = 0; i < min_of(8, end - k); ++i) _mm512_storeu_si512(out + i * to.stride, block[i]);
+    }
+}
+#endif
+
 // Rows [begin, end) of the packed form of a strided [contraction, lanes] matrix; lanes beyond its own are zero up to the next vector.
 template <class M, class F>
 void pack(const Matrix& from, Packed to, int64_t begin, int64_t end) {
   using E = typename M::Element;
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(E) == 4 && M::step * sizeof(F) == 4) {
+    if (from.stride == 1) return pack_words<F>(from, to, begin, end);
+  }
+#endif
   for (int64_t k = begin; k < end; ++k) {
     E* out = static_cast<E*>(to.data) + k * to.stride;
     const F* row = static_cast<const F*>(from.data) + k * M::step * from.stride;
@@ -495,7 +524,7 @@ inline void block_products(const W* weight, int64_t weight_stride, int64_t weigh
 template <class T, class W, class F, class Y>
 void small(const SmallTask& t, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  const int64_t piece = small_piece(t.rows, t.features);
+  const int64_t piece = small_piece(t.rows, t.features, sizeof(T));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task * kSmallBlock, weight_rows = min_of(kSmallBlock, t.out_features - n);
     const W* weight = static_cast<const W*>(t.weight) + n * t.weight_stride;
@@ -515,12 +544,18 @@ void small(const SmallTask& t, int64_t begin, int64_t end) {
       block_products<A, F>(static_cast<const F*>(run.b) + n * t.b_stride, t.b_stride, weight_rows, static_cast<const A*>(run.s), run.rank,
                            run.rows, run.rank, sums + run.first);
     }
-    for (int64_t i = 0; i < weight_rows; ++i)
+    for (int64_t i = 0; i < weight_rows; ++i) {
+      A totals[kSmallRows];
+      if (t.rows > 1)
+        sum_each<A>(sums + i * kSmallRows, t.rows, totals);
+      else
+        totals[0] = sum_lanes(sums[i * kSmallRows]);
       for (int64_t j = 0; j < t.rows; ++j) {
-        A value = static_cast<A>(t.factor) * sum_lanes(sums[i * kSmallRows + j]);
+        A value = static_cast<A>(t.factor) * totals[j];
         if (t.bias) value += one(static_cast<const T*>(t.bias) + n + i);
         put(static_cast<Y*>(t.y) + j * t.out_features + n + i, value);
       }
+    }
   }
 }
 

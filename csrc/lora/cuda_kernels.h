@@ -80,6 +80,25 @@ struct FinishTask {
   } results[2];
 };
 
+// S as the sum of its splits in order: as it is, and as a GEMM's operand of a 16-bit type. Grid: row blocks.
+struct OperandTask {
+  const float* sums;  // [splits][rows][sums_stride]
+  int64_t splits, rows, sums_stride;
+  float* sum;  // [rows][sum_stride], written where it is not null
+  int64_t sum_stride;
+  void* operand;  // [rows][sums_stride], with float32 factors [S1 | S1 | S2] three times as wide, S = S1 + S2
+};
+
+// A float32 factor [lines, columns] as a GEMM's operand: F1, F2 and F1 for F = F1 + F2, each [whole_lines, whole_columns] in bfloat16
+// with zeros around, and `apart`. Grid: blocks of 64 columns, blocks of 16 lines, one after another where CUDA launches no more.
+struct FactorTask {
+  const float* factor;
+  int64_t stride, lines, columns, whole_lines, whole_columns;
+  void* operand;
+  int64_t operand_stride, apart;
+};
+constexpr int kFactorLines = 16;
+
 // keep[row, column] for `lora_dropout_mask`, a thread for each eight columns. Grid: as many blocks as there are, one after another where
 // CUDA launches no more.
 struct DropoutMaskTask {
@@ -95,15 +114,18 @@ using Kernel = void (*)(const Task);
 // Kernels for one pair of types: x, weight and y in the first, lora_a and lora_b in the second.
 struct Kernels {
   int element_bytes;               // of what is multiplied: the 16-bit type on tensor cores, or float32
+  int terms;                       // 16-bit numbers that a float32 factor's number is the sum of; 1: none is split
   Kernel<ShrinkTask> shrink[3];    // F as [rank, depth]
   Kernel<ShrinkTask> draw[3];      // the same under a mask that it draws
   Kernel<ShrinkTask> shrink_down[3];
   Kernel<ExpandTask> expand, expand_down, expand_down_masked;
   Kernel<GradientTask> gradient[2], gradient_masked[2];
-  Kernel<FinishTask> finish;  // into the second type
+  Kernel<FinishTask> finish;    // into the second type
+  Kernel<OperandTask> operand;  // null where there is no GEMM of this room for the types
 };
 
 Kernel<DropoutMaskTask> dropout_mask_kernel();
+Kernel<FactorTask> factor_operand_kernel();
 
 const Kernels& kernels_float32();
 const Kernels& kernels_bfloat16();

@@ -32,4 +32,32 @@ struct GemmTask {
   MaskBits mask;  // of the sum of segment 0; data null: everything is kept
 };
 
+// Where a tile of the contraction begins. All segments' tiles are one sequence; a segment without depth, or of an adapter that is `off`,
+// has none.
+struct SegmentTile {
+  int segment;  // task.count: behind the last
+  int64_t depth;
+};
+
+PEFTOPS_HOST_DEVICE bool segment_counts(const Segment& segment, bool off) { return segment.depth > 0 && !(segment.adapter && off); }
+
+PEFTOPS_HOST_DEVICE SegmentTile first_tile(const GemmTask& task, int from, bool off) {
+  while (from < task.count && !segment_counts(task.segments[from], off)) ++from;
+  return {from, 0};
+}
+
+PEFTOPS_HOST_DEVICE SegmentTile next_tile(const GemmTask& task, SegmentTile at, int64_t tile, bool off) {
+  at.depth += tile;
+  return at.depth < task.segments[at.segment].depth ? at : first_tile(task, at.segment + 1, off);
+}
+
+// The kernels from compute capability 8.0 on, W as [columns, depth] and `down`. Operands are in whole chunks: rows start on 16 bytes and
+// may be read to the next multiple of eight columns, where, along the contraction, they hold zeros.
+struct GemmKernels {
+  Kernel<GemmTask> rows, down;
+};
+
+const GemmKernels& gemm_sm80_bfloat16();
+const GemmKernels& gemm_sm80_float16();
+
 }  // namespace peftops::lora

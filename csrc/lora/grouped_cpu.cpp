@@ -44,10 +44,11 @@ std::string place_in(const Tensor& t, int64_t at) {
 
 std::vector<int64_t> checked_ids(const char* op, const Tensor& adapter_ids, int64_t adapters) {
   std::vector<int64_t> ids = integers_of(adapter_ids);
-  for (size_t i = 0; i < ids.size(); ++i)
-    PEFTOPS_CHECK(ids[i] >= -1 && ids[i] < adapters, op, ": adapter_ids", place_in(adapter_ids, static_cast<int64_t>(i)), " is ", ids[i],
-                  ids[i] < 0 ? ", but must be -1 (none) or more" : ", but lora_a has ", ids[i] < 0 ? "" : std::to_string(adapters),
-                  ids[i] < 0 ? "" : " adapters");
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const auto place = [&] { return place_in(adapter_ids, static_cast<int64_t>(i)); };
+    PEFTOPS_CHECK(ids[i] >= -1, op, ": adapter_ids", place(), " is ", ids[i], ", but must be -1 (none) or more");
+    PEFTOPS_CHECK(ids[i] < adapters, op, ": adapter_ids", place(), " is ", ids[i], ", but lora_a has ", adapters, " adapters");
+  }
   return ids;
 }
 
@@ -115,8 +116,8 @@ void spread_parts(const std::vector<int64_t>& blocks, int64_t grain, const Body&
   });
 }
 
-// The passes of one call over all groups. Sums are [rows of all groups, rank] accumulators; a group's lie dense, [rows, its rank],
-// from its first row on.
+// The passes of one call over all groups, of which there is at least one. Sums are [rows of all groups, rank] accumulators; a group's lie
+// dense, [rows, its rank], from its first row on.
 class GroupedCall {
  public:
   GroupedCall(const Tensor& x, const Tensor& lora_a, const GroupedProblem& problem, const Grouping& grouping)
@@ -176,7 +177,7 @@ class GroupedCall {
       const std::vector<Packed> packed = pack_sums(*s);
       for (size_t part = 0; part < tasks.size(); ++part) tasks[part].s = packed[part];
     }
-    Tensor partials, found;
+    Tensor partials;
     if (factor) {
       const std::vector<Packed> packed = pack(*factor);
       partials = partials_of(panels);
@@ -191,14 +192,16 @@ class GroupedCall {
     return factor ? reduced(tasks, panels) : Tensor();
   }
 
-  // Sums from and to the order of the tokens, [M, rank].
+  // Sums from the order of the tokens, [M, rank], and to it.
   Tensor gathered(const Tensor& s) const {
-    const Tensor found = sums();
-    each_row(found, as_contiguous(s), [](void* grouped, void* token, size_t bytes) { std::memcpy(grouped, token, bytes); });
+    const Tensor dense = as_contiguous(s), found = sums();
+    each_row([&](int64_t grouped, int64_t token, size_t bytes) {
+      std::memcpy(advanced_mutable(found, grouped), advanced(dense, token), bytes);
+    });
     return found;
   }
   void scatter(const Tensor& s, const Tensor& out) const {
-    each_row(s, out, [](void* grouped, void* token, size_t bytes) { std::memcpy(token, grouped, bytes); });
+    each_row([&](int64_t grouped, int64_t token, size_t bytes) { std::memcpy(advanced_mutable(out, token), advanced(s, grouped), bytes); });
   }
 
  private:
@@ -206,12 +209,13 @@ class GroupedCall {
   void* sums_of(const Tensor& s, const Group& group) const { return advanced_mutable(s, group.begin * rank_); }
   const int64_t* index_of(const Group& group) const { return grouping_.order.data() + group.begin; }
 
+  // copy(place among the groups' sums, place in the order of the tokens, bytes) of each row.
   template <class Copy>
-  void each_row(const Tensor& s, const Tensor& tokens, const Copy& copy) const {
+  void each_row(const Copy& copy) const {
+    const size_t size = like_.scalar_type() == ScalarType::Double ? sizeof(double) : sizeof(float);
     for (const Group& group : grouping_.groups)
       for (int64_t i = 0; i < group.rows; ++i)
-        copy(advanced_mutable(s, group.begin * rank_ + i * group.rank), advanced_mutable(tokens, index_of(group)[i] * rank_),
-             static_cast<size_t>(group.rank) * tokens.element_size());
+        copy(group.begin * rank_ + i * group.rank, index_of(group)[i] * rank_, static_cast<size_t>(group.rank) * size);
   }
 
   // Blocks of kRowBlock rows in each group, times `columns`.
@@ -221,15 +225,16 @@ class GroupedCall {
     return blocks;
   }
 
-  // Scratch for all groups at once, [rows][stride] elements each.
+  // Scratch for all groups at once, shape(group's number) = (rows, stride) in elements each.
   template <class Shape>
   std::vector<Packed> scratch(const Shape& shape) {
-    std::vector<Packed> parts;
+    const size_t count = grouping_.groups.size();
     int64_t elements = 0;
-    for (const Group& group : grouping_.groups) elements += shape(group).first * shape(group).second;
+    for (size_t g = 0; g < count; ++g) elements += shape(g).first * shape(g).second;
+    std::vector<Packed> parts;
     char* at = static_cast<char*>(call_.scratch(elements, 1).data);
-    for (const Group& group : grouping_.groups) {
-      const auto [rows, stride] = shape(group);
+    for (size_t g = 0; g < count; ++g) {
+      const auto [rows, stride] = shape(g);
       parts.push_back({at, stride});
       at += rows * stride * kernels_.element;
     }
@@ -240,27 +245,24 @@ class GroupedCall {
   template <class Factor>
   std::vector<Packed> pack(const Factor& factor) {
     std::vector<Matrix> matrices;
-    std::vector<int64_t> blocks;
+    std::vector<int64_t> rows;
     for (const Group& group : grouping_.groups) {
       matrices.push_back(factor(group));
-      blocks.push_back(ceil_div(matrices.back().contraction, kernels_.step));
+      rows.push_back(ceil_div(matrices.back().contraction, kernels_.step));
     }
-    const std::vector<Packed> packed = scratch([&](const Group& group) {
-      const Matrix matrix = factor(group);
-      return std::pair(ceil_div(matrix.contraction, kernels_.step), call_.padded(matrix.lanes));
-    });
-    const int64_t lanes = matrices.empty() ? 0 : matrices.front().lanes;
-    spread_parts(blocks, ceil_div(1 << 16, lanes + 1),
+    const std::vector<Packed> packed = scratch([&](size_t g) { return std::pair(rows[g], call_.padded(matrices[g].lanes)); });
+    spread_parts(rows, ceil_div(1 << 16, matrices.front().lanes + 1),
                  [&](size_t part, int64_t begin, int64_t end) { kernels_.pack_factor(matrices[part], packed[part], begin, end); });
     return packed;
   }
 
   // Sums as the gradient wants them, rows by ranks.
   std::vector<Packed> pack_sums(const Tensor& s) {
+    const std::vector<Group>& groups = grouping_.groups;
     const std::vector<Packed> packed =
-        scratch([&](const Group& group) { return std::pair(ceil_div(group.rows, kernels_.step), call_.padded(group.rank)); });
+        scratch([&](size_t g) { return std::pair(ceil_div(groups[g].rows, kernels_.step), call_.padded(groups[g].rank)); });
     for (size_t g = 0; g < packed.size(); ++g) {
-      const Group& group = grouping_.groups[g];
+      const Group& group = groups[g];
       const Matrix matrix{sums_of(s, group), group.rows, group.rank, group.rank, 1};
       kernels_.pack_sums(matrix, packed[g], 0, ceil_div(group.rows, kernels_.step));
     }
@@ -274,7 +276,10 @@ class GroupedCall {
       for (const Group& group : grouping_.groups) elements.push_back({sums_of(s, group), group.rank});
       return elements;
     }
-    elements = scratch([&](const Group& group) { return std::pair(group.rows, ceil_div(group.rank, kernels_.step)); });
+    elements = scratch([&](size_t g) {
+      const Group& group = grouping_.groups[g];
+      return std::pair(group.rows, ceil_div(group.rank, kernels_.step));
+    });
     for (size_t g = 0; g < elements.size(); ++g) {
       const Group& group = grouping_.groups[g];
       kernels_.pack_ranks(sums_of(s, group), group.rank, group.rows, group.rank, elements[g]);

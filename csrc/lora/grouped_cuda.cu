@@ -77,7 +77,9 @@ class GroupedCall {
     auto* const first = static_cast<int32_t*>(starts.mutable_data_ptr());
     launch_(group_kernel(), {groups}, kGroupThreads, 2 * kGroupThreads * int64_t{sizeof(uint64_t)},
             GroupTask{integers_of(ids_), rows_, adapters_.count, ceil_div(rows_, kGroupThreads), order(), first});
-    ListTask task{first, adapters_.count, ceil_div(groups, kListThreads), tiles(), slots};
+    ListTask task{};
+    task.starts = first, task.adapters = adapters_.count, task.groups_per_thread = ceil_div(groups, kListThreads);
+    task.tiles = tiles(), task.tile_slots = slots;
     if (rows_per_part) {
       task.part_slots = part_slots(rows_, adapters_.count, rows_per_part);
       parts_ = integers(task.part_slots * 4), ranges_ = integers(adapters_.count * 2);

@@ -34,7 +34,7 @@ inline MultiShrinkPlan plan_multi_shrink(int64_t rows, int64_t depth, int64_t mo
   plan.row_blocks = ceil_div(rows, kGpuTile);
   plan.rank_blocks = at_least(ceil_div(most_ranks, ranks), 1);
   plan.split = plan_split(depth, plan.row_blocks * plan.rank_blocks, 2, device);
-  plan.shared_memory = shrink_memory(ranks, false, 2);
+  plan.shared_memory = shrink_memory(ranks, false, 2, 1);
   return plan;
 }
 

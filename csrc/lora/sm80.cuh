@@ -1,4 +1,5 @@
-// LoRA on CUDA from compute capability 8.0 on: mma.sync for 16-bit types, plain float32 (never TF32) for float32 factors.
+// LoRA on CUDA from compute capability 8.0 on: mma.sync for 16-bit types, and for float32 factors beside a bfloat16 x, as sums of bfloat16
+// numbers; plain float32 (never TF32) else.
 //
 // Every kernel moves chunks of eight columns from global memory into registers, one tile ahead of the products, drops what the mask drops,
 // and puts them into swizzled tiles in shared memory; each warp multiplies its 16 rows of one tile by the columns of the other. Sums are
@@ -13,15 +14,15 @@ namespace sm80 {
 // ---- shrink ----------------------------------------------------------------------------------------------------------
 
 // Blocks per multiprocessor that the registers are to allow.
-template <class E>
+template <class M>
 constexpr int blocks_of(int ranks) {
-  return sizeof(E) == 2 ? (ranks == 16 ? 5 : ranks == 64 ? 4 : 2) : (ranks == 16 ? 4 : 2);
+  return sizeof(typename M::type) == 2 ? (ranks == 16 ? 5 : ranks == 64 && M::kTerms == 1 ? 4 : 2) : (ranks == 16 ? 4 : 2);
 }
 
 template <class X, class F, bool kDown, bool kDraw, int kRanks>
-__global__ void __launch_bounds__(kThreads, blocks_of<typename ElementOf<X, F>::type>(kRanks))
-    shrink(const __grid_constant__ ShrinkTask task) {
-  using E = typename ElementOf<X, F>::type;
+__global__ void __launch_bounds__(kThreads, blocks_of<Multiplied<X, F>>(kRanks)) shrink(const __grid_constant__ ShrinkTask task) {
+  using E = typename Multiplied<X, F>::type;
+  constexpr int kTerms = Multiplied<X, F>::kTerms, kFactorTile = factor_tile_elements(kRanks, kDown);
   using XShare = Share<kChunksPerRow>;
   constexpr int kFactorRow = kDown ? kRanks / 8 : kChunksPerRow;  // chunks in a row of the factor's tile
   using FactorShare = Share<kFactorRow>;
@@ -61,18 +62,18 @@ __global__ void __launch_bounds__(kThreads, blocks_of<typename ElementOf<X, F>::
   int buffer = 0;
   for (int64_t depth = start; depth < end; depth += kTile, buffer ^= 1) {
     E* const x_tile = x_tiles + buffer * kPanel;
-    E* const f_tile = factor_tiles + buffer * factor_tile_elements(kRanks, kDown);
+    E* const f_tile = factor_tiles + buffer * kTerms * kFactorTile;
 #pragma unroll
     for (int i = 0; i < kTileChunks; ++i) {
       if constexpr (kDraw) keep(x[i], kept[i]);
       put<kChunksPerRow>(x_tile, i, x[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kRanks * kChunksPerRow / kThreads; ++i) put<kFactorRow>(f_tile, i, factor[i]);
+    for (int i = 0; i < kRanks * kChunksPerRow / kThreads; ++i) put_terms<kFactorRow, kTerms>(f_tile, kFactorTile, i, factor[i]);
     // One barrier a tile: the other buffer was last read before it.
     __syncthreads();
     if (depth + kTile < end) load(depth + kTile);
-    multiply<false, kDown>(sums, x_tile, 16 * warp(), f_tile, kTile / 16);
+    multiply_terms<false, kDown, kTerms>(sums, x_tile, 16 * warp(), f_tile, kFactorTile);
   }
 
   float* const out = task.sums + int64_t{blockIdx.y} * task.rows * task.sums_stride;
@@ -84,16 +85,42 @@ __global__ void __launch_bounds__(kThreads, blocks_of<typename ElementOf<X, F>::
   });
 }
 
+// A chunk of the sum over splits that lie `stride` apart, in order.
+PEFTOPS_DEVICE Chunk<float> load_sum(const float* from, int64_t splits, int64_t stride) {
+  Chunk<float> sum = load_chunk(from);
+#pragma unroll 4  // loads that do not wait for each other
+  for (int64_t split = 1; split < splits; ++split) {
+    from += stride;
+    const Chunk<float> next = load_chunk(from);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum.value[j] += next.value[j];
+  }
+  return sum;
+}
+
+// The first two terms of float32 numbers: all but 2^-17 of each.
+struct Pair {
+  Chunk<bfloat16> first, second;
+};
+
+PEFTOPS_DEVICE Pair pair_of(const Chunk<float>& chunk) {
+  Chunk<bfloat16> terms[2];
+  split(terms, chunk);
+  return {terms[0], terms[1]};
+}
+
 // ---- expand ----------------------------------------------------------------------------------------------------------
 
 template <class Y, class F, bool kDown, bool kMasked>
-__global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::type) == 2 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(typename Multiplied<Y, F>::type) == 2 && Multiplied<Y, F>::kTerms == 1 ? 4 : 2)
     expand(const __grid_constant__ ExpandTask task) {
-  using E = typename ElementOf<Y, F>::type;
+  using E = typename Multiplied<Y, F>::type;
   using Mine = Share<kChunksPerRow>;
+  // Of S1 + S2 and F1 + F2 the products S1 F1, S1 F2 and S2 F1.
+  constexpr int kProducts = Multiplied<Y, F>::kTerms;
   E* const s_tile = reinterpret_cast<E*>(shared_memory);
-  E* const factor_tile = s_tile + kPanel;
-  float* const delta = reinterpret_cast<float*>(factor_tile + kPanel);
+  E* const factor_tile = s_tile + kProducts * kPanel;
+  float* const delta = reinterpret_cast<float*>(factor_tile + kProducts * kPanel);
   const int64_t first_row = int64_t{blockIdx.x} * kTile, begin = int64_t{blockIdx.y} * task.columns_per_block;
   const int64_t end = min_of(begin + task.columns_per_block, task.columns);
   const bool writes = task.sum != nullptr && blockIdx.y == 0;
@@ -108,18 +135,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::typ
       const int64_t row = first_row + line, rank = first_rank + column;
       Chunk<float> sum{};
       if (row < task.rows && rank < task.rank) {
-        const float* from = task.sums + offset_of(row, task.sums_stride, rank);
-        sum = load_chunk(from);
-#pragma unroll 4  // loads that do not wait for each other
-        for (int64_t split = 1; split < task.splits; ++split) {
-          from += task.rows * task.sums_stride;
-          const Chunk<float> next = load_chunk(from);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) sum.value[j] += next.value[j];
-        }
+        sum = load_sum(task.sums + offset_of(row, task.sums_stride, rank), task.splits, task.rows * task.sums_stride);
         if (write) store_chunk(task.sum + offset_of(row, task.sum_stride, rank), sum, task.sum_stride - rank);
       }
-      put(s_tile, line / 8, line % 8, column, chunk_of<E>(sum.value));
+      if constexpr (kProducts == 1) {
+        put(s_tile, line / 8, line % 8, column, chunk_of<E>(sum.value));
+      } else {
+        const Pair pair = pair_of(sum);
+        put(s_tile, line / 8, line % 8, column, pair.first);
+        put(s_tile + kPanel, line / 8, line % 8, column, finite(pair.first));
+        put(s_tile + 2 * kPanel, line / 8, line % 8, column, pair.second);
+      }
     }
   };
 
@@ -146,9 +172,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::typ
                            task.factor_stride,
                            rows_within(row, kDown ? task.rank : task.columns, kTile, factor_column < (kDown ? task.columns : task.rank)));
 #pragma unroll
-      for (int i = 0; i < kTileChunks; ++i) put<kChunksPerRow>(factor_tile, i, factor[i]);
+      for (int i = 0; i < kTileChunks; ++i) {
+        if constexpr (kProducts == 1) {
+          put<kChunksPerRow>(factor_tile, i, factor[i]);
+        } else {
+          const Pair pair = pair_of(factor[i]);
+          put<kChunksPerRow>(factor_tile, i, pair.first);
+          put<kChunksPerRow>(factor_tile + kPanel, i, pair.second);
+          put<kChunksPerRow>(factor_tile + 2 * kPanel, i, finite(pair.first));
+        }
+      }
       __syncthreads();
-      multiply<false, kDown>(sums, s_tile, 16 * warp(), factor_tile, rank_steps(first_rank));
+#pragma unroll 1  // the largest last
+      for (int product = kProducts - 1; product >= 0; --product)
+        multiply<false, kDown>(sums, s_tile + product * kPanel, 16 * warp(), factor_tile + product * kPanel, rank_steps(first_rank));
     }
     // From fragments to chunks through shared memory. What is read here is next written after the next tile's barriers.
     for_each_pair(sums, [&](int i, int j, float first, float second) {
@@ -179,7 +216,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename ElementOf<Y, F>::typ
 
 template <class G, class F, bool kMasked, int kRanks>
 __global__ void __launch_bounds__(kThreads, kRanks == 16 ? 4 : 2) gradient(const __grid_constant__ GradientTask task) {
-  using E = typename ElementOf<G, F>::type;
+  using E = typename Multiplied<G, F>::type;
+  constexpr int kTerms = Multiplied<G, F>::kTerms, kSumsTile = factor_tile_elements(kRanks, true);
   constexpr int kHalves = sizeof(E) == 2 ? 2 : 1;  // 16 features of a warp
   constexpr int kFeatures = kHalves * kTile;       // of a block
   constexpr int kRowChunks = kFeatures / 8, kRankChunks = kRanks / 8;
@@ -208,18 +246,24 @@ __global__ void __launch_bounds__(kThreads, kRanks == 16 ? 4 : 2) gradient(const
   int buffer = 0;
   for (int64_t row = start; row < end; row += kTile, buffer ^= 1) {
     E* const g_tile = g_tiles + buffer * kHalves * kPanel;
-    E* const s_tile = s_tiles + buffer * factor_tile_elements(kRanks, true);
+    E* const s_tile = s_tiles + buffer * kTerms * kSumsTile;
 #pragma unroll
     for (int i = 0; i < GShare::kCount; ++i) {
       if constexpr (kMasked) keep(g[i], kept[i]);
       put<kRowChunks>(g_tile, i, g[i]);
     }
 #pragma unroll
-    for (int i = 0; i < SShare::kCount; ++i) put<kRankChunks>(s_tile, i, chunk_of<E>(s[i].value));
+    for (int i = 0; i < SShare::kCount; ++i) {
+      if constexpr (kTerms == 1)
+        put<kRankChunks>(s_tile, i, chunk_of<E>(s[i].value));
+      else
+        put_terms<kRankChunks, kTerms>(s_tile, kSumsTile, i, s[i]);
+    }
     __syncthreads();
     if (row + kTile < end) load(row + kTile);
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) multiply<true, true>(sums[half], g_tile, 16 * (kHalves * warp() + half), s_tile, kTile / 16);
+    for (int half = 0; half < kHalves; ++half)
+      multiply_terms<true, true, kTerms>(sums[half], g_tile, 16 * (kHalves * warp() + half), s_tile, kSumsTile);
   }
 
 #pragma unroll
@@ -252,6 +296,44 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__
     static_cast<T*>(result.out)[i].bits = static_cast<uint16_t>(pack(T{}, sum, 0.0f));
 }
 
+template <class E, class F>
+__global__ void __launch_bounds__(kThreads) operand(const __grid_constant__ OperandTask task) {
+  constexpr int kProducts = Multiplied<E, F>::kTerms;
+  const int64_t first_row = int64_t{blockIdx.x} * kTile, stride = kProducts * task.sums_stride;
+  const int chunks = static_cast<int>(task.sums_stride / 8), count = static_cast<int>(min_of(task.rows - first_row, kTile)) * chunks;
+#pragma unroll 1
+  for (int index = thread(); index < count; index += kThreads) {
+    const int64_t row = first_row + index / chunks, rank = index % chunks * 8;
+    const Chunk<float> sum = load_sum(task.sums + offset_of(row, task.sums_stride, rank), task.splits, task.rows * task.sums_stride);
+    if (task.sum) store_chunk(task.sum + offset_of(row, task.sum_stride, rank), sum, task.sum_stride - rank);
+    E* const to = static_cast<E*>(task.operand) + offset_of(row, stride, rank);
+    if constexpr (kProducts == 1) {
+      store_chunk(to, chunk_of<E>(sum.value));
+    } else {
+      const Pair pair = pair_of(sum);
+      store_chunk(to, pair.first);
+      store_chunk(to + task.sums_stride, finite(pair.first));
+      store_chunk(to + 2 * task.sums_stride, pair.second);
+    }
+  }
+}
+
+// A template, so that the one file that names it has it.
+template <class F>
+__global__ void __launch_bounds__(kThreads) factor_operand(const __grid_constant__ FactorTask task) {
+  using Mine = Share<kChunksPerRow>;
+  const int64_t column = int64_t{blockIdx.x} * kTile + Mine::column();
+  if (column >= task.whole_columns) return;
+  for (int64_t line = int64_t{blockIdx.y} * Mine::kStep + Mine::line(); line < task.whole_lines; line += int64_t{gridDim.y} * Mine::kStep) {
+    const F* const from = task.factor + offset_of(line, task.stride, column);
+    const Pair pair = pair_of(line < task.lines ? load_chunk(from, task.columns - column) : Chunk<F>{});
+    bfloat16* const to = static_cast<bfloat16*>(task.operand) + offset_of(line, task.operand_stride, column);
+    store_chunk(to, pair.first);
+    store_chunk(to + task.apart, pair.second);
+    store_chunk(to + 2 * task.apart, finite(pair.first));
+  }
+}
+
 // A template, so that the one file that names it has it.
 template <class Keep>
 __global__ void __launch_bounds__(kThreads) dropout_mask(const __grid_constant__ DropoutMaskTask task) {
@@ -269,8 +351,16 @@ __global__ void __launch_bounds__(kThreads) dropout_mask(const __grid_constant__
 
 template <class X, class F, bool kDown, bool kDraw>
 constexpr Kernel<ShrinkTask> widest_shrink() {
-  if constexpr (sizeof(typename ElementOf<X, F>::type) == 2)
+  if constexpr (sizeof(typename Multiplied<X, F>::type) == 2 && Multiplied<X, F>::kTerms == 1)
     return shrink<X, F, kDown, kDraw, 128>;
+  else
+    return nullptr;
+}
+
+template <class X, class F>
+constexpr Kernel<OperandTask> operand_of() {
+  if constexpr (sizeof(typename Multiplied<X, F>::type) == 2)
+    return operand<X, F>;
   else
     return nullptr;
 }
@@ -278,7 +368,8 @@ constexpr Kernel<ShrinkTask> widest_shrink() {
 template <class X, class F>
 const Kernels& kernels() {
   static constexpr Kernels table{
-      sizeof(typename ElementOf<X, F>::type),
+      sizeof(typename Multiplied<X, F>::type),
+      Multiplied<X, F>::kTerms,
       {shrink<X, F, false, false, 16>, shrink<X, F, false, false, 64>, widest_shrink<X, F, false, false>()},
       {shrink<X, F, false, true, 16>, shrink<X, F, false, true, 64>, widest_shrink<X, F, false, true>()},
       {shrink<X, F, true, false, 16>, shrink<X, F, true, false, 64>, widest_shrink<X, F, true, false>()},
@@ -288,6 +379,7 @@ const Kernels& kernels() {
       {gradient<X, F, false, 16>, gradient<X, F, false, 64>},
       {gradient<X, F, true, 16>, gradient<X, F, true, 64>},
       finish<F>,
+      operand_of<X, F>(),
   };
   return table;
 }

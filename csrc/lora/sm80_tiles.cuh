@@ -125,6 +125,54 @@ struct ElementOf<float16, float16> {
   using type = float16;
 };
 
+// What is multiplied for x in X and factors in F by the kernels of one adapter. A float32 factor beside a bfloat16 x is the sum of
+// kTerms bfloat16 numbers, so that no product is of float32.
+template <class X, class F>
+struct Multiplied {
+  using type = typename ElementOf<X, F>::type;
+  static constexpr int kTerms = 1;
+};
+template <>
+struct Multiplied<bfloat16, float> {
+  using type = bfloat16;
+  static constexpr int kTerms = 3;
+};
+
+// The nearest bfloat16, as float, or for numbers beyond the largest the one nearer to zero: nothing becomes infinite.
+PEFTOPS_DEVICE float leading(float value) {
+  const uint32_t rounded = bits_of(value) + 0x8000u;
+  return float_of(((rounded & 0x7f800000u) == 0x7f800000u ? bits_of(value) : rounded) & 0xffff0000u);
+}
+
+// What is left of a number without its leading part; three such parts are all of it. Nothing is left of infinity, a NaN of a NaN.
+PEFTOPS_DEVICE float rest(float value) { return (bits_of(value) & 0x7fffffffu) == 0x7f800000u ? 0.0f : value - leading(value); }
+
+template <int kTerms>
+PEFTOPS_DEVICE void split(Chunk<bfloat16> (&terms)[kTerms], const Chunk<float>& chunk) {
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    float low = chunk.value[j], high = chunk.value[j + 1];
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) {
+      terms[term].pair[j / 2] = bits_of(leading(low)) >> 16 | bits_of(leading(high));
+      low = rest(low), high = rest(high);
+    }
+  }
+}
+
+// Zero for each of two bfloat16 that is not finite. Infinity counts in the product with a number's first term alone: with a later one,
+// which may be zero, it would give NaN.
+PEFTOPS_DEVICE uint32_t finite(uint32_t pair) {
+  const uint32_t special = ((pair & 0x7f807f80u) + 0x00800080u) >> 15 & 0x00010001u;  // one where the exponent is all ones
+  return pair & ~(special * 0xffffu);
+}
+
+PEFTOPS_DEVICE Chunk<bfloat16> finite(Chunk<bfloat16> chunk) {
+#pragma unroll
+  for (uint32_t& pair : chunk.pair) pair = finite(pair);
+  return chunk;
+}
+
 // Row 8 * block + row of a tile. Tiles wider than 64 columns are panels of 64 by 64, one after another. The block is apart, because a
 // constant one then costs no register.
 template <class E>
@@ -182,6 +230,19 @@ PEFTOPS_DEVICE void put(E* tile, int i, const Chunk<T>& chunk) {
   put(tile, i * Mine::kStep / 8 + Mine::line() / 8, Mine::line() % 8, Mine::column(), chunk);
 }
 
+// The same for each of the chunk's terms, into tiles that lie `apart` elements apart.
+template <int kRowChunks, int kTerms, class E, class T>
+PEFTOPS_DEVICE void put_terms(E* tile, int apart, int i, const Chunk<T>& chunk) {
+  if constexpr (kTerms == 1) {
+    put<kRowChunks>(tile, i, chunk);
+  } else {
+    Chunk<E> terms[kTerms];
+    split(terms, chunk);
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) put<kRowChunks>(tile + term * apart, i, terms[term]);
+  }
+}
+
 // How many of `size` rows from `first` on exist; none where the column does not.
 PEFTOPS_DEVICE int rows_within(int64_t first, int64_t end, int size, bool column) {
   return column ? static_cast<int>(min_of(end - first, size)) : 0;
@@ -208,9 +269,9 @@ PEFTOPS_DEVICE float4 four(const float* tile, int i, int k) {
 }
 
 // sums += A B^T over 16 * steps of the contraction, with A from row `first` on. The contraction runs along the rows of a tile, or `down`
-// its columns.
+// its columns. all: A's infinities and NaN count as well.
 template <bool kADown, bool kBDown, class E, int kTiles>
-PEFTOPS_DEVICE void multiply(Sums<kTiles>& sums, const E* a, int first, const E* b, int steps) {
+PEFTOPS_DEVICE void multiply(Sums<kTiles>& sums, const E* a, int first, const E* b, int steps, bool all = true) {
 #pragma unroll 1  // unrolled, the addresses of all steps would live in registers
   for (int step = 0; step < steps; ++step) {
     if constexpr (sizeof(E) == 2) {
@@ -220,6 +281,8 @@ PEFTOPS_DEVICE void multiply(Sums<kTiles>& sums, const E* a, int first, const E*
         ldmatrix_x4_trans(rows, at(a, k / 8 + lane() / 16, lane() % 8, first + lane() / 8 % 2 * 8));
       else
         ldmatrix_x4(rows, at(a, first / 8 + lane() / 8 % 2, lane() % 8, k + lane() / 16 * 8));
+      if (!all)
+        for (uint32_t& pair : rows) pair = finite(pair);
 #pragma unroll
       for (int tile = 0; tile < kTiles; tile += 2) {
         uint32_t columns[4];
@@ -247,6 +310,23 @@ PEFTOPS_DEVICE void multiply(Sums<kTiles>& sums, const E* a, int first, const E*
           }
       }
     }
+  }
+}
+
+// The same for a B that is the sum of kTerms tiles, which lie `apart` elements apart. The smallest terms are added up first, and to what
+// `sums` holds in one step, so that they cost no accuracy.
+template <bool kADown, bool kBDown, int kTerms, class E, int kTiles>
+PEFTOPS_DEVICE void multiply_terms(Sums<kTiles>& sums, const E* a, int first, const E* b, int apart) {
+  if constexpr (kTerms == 1) {
+    multiply<kADown, kBDown>(sums, a, first, b, kTile / 16);
+  } else {
+    Sums<kTiles> part{};
+#pragma unroll 1
+    for (int term = kTerms - 1; term >= 0; --term) multiply<kADown, kBDown>(part, a, first, b + term * apart, kTile / 16, term == 0);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums.value[tile][i] += part.value[tile][i];
   }
 }
 

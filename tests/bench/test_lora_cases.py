@@ -93,7 +93,7 @@ def test_check_of_training_stops_what_is_wrong(monkeypatch, fault, dtype):
 
 def test_check_of_decode_stops_what_is_wrong(monkeypatch):
     plant(monkeypatch, "scale")
-    (_, faulty), _ = forward_contenders(Problem(4, 64, 64, torch.float32), True, False, SMALL)
+    (_, faulty, *_), _ = forward_contenders(Problem(4, 64, 64, torch.float32), True, False, SMALL)
     with pytest.raises(AssertionError, match="faulty: result 0"):
         faulty.check()
 
@@ -143,7 +143,10 @@ def test_cases_carry_the_targets_asked_for():
             assert targets["peftops", BASE] == limit and targets["peftops", "PEFT"] == 1.0
         assert over[f"decode {dtype} 1024 M=1 weights cached"] == {("peftops", "PEFT"): 0.7}
         assert over[f"decode {dtype} 1024 M=1 weights from memory"] == {("peftops", "PEFT"): 0.7}
-        assert over[f"decode {dtype} 4096 M=1 weights from memory"] == {("peftops", BASE): 1.1}
+        assert over[f"decode {dtype} 4096 M=1 weights from memory"]["peftops", BASE] == 1.1
+        packed = over[f"decode {dtype} 4096 M=16 weights from memory"]
+        assert packed["peftops, packed", BASE] == {"bfloat16": 1 / 1.5, "float32": 1 / 2}[dtype]
+        assert packed["peftops, packed", "peftops, packed, without LoRA"] == 1.03
         saved = over[f"saved {dtype} 4096 p=0.1"]
         item = {"bfloat16": 2, "float32": 4}[dtype]
         assert next(iter(saved.values())) == 512 * 4096 * item + 512 * 16 * 4 + 512 * 4096 // 8

@@ -56,17 +56,26 @@ SUBROUTINES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """What kernels of one kind owe: whether they use tensor cores, and whether they must move 128 bits at a time."""
+    """What kernels of one kind owe: whether they use tensor cores, and whether they must move 128 bits at a time.
+
+    `targets`: what they are for, where that is not everything. `loop`: the opcode of the main loop's products.
+    """
 
     kernels: str
     tensor_cores: bool
     wide: bool
+    targets: frozenset[str] | None = None
+    loop: str = ""
 
 
 RULES = (
-    # 16-bit factors multiply on tensor cores; float32 factors in float32, and never as TF32.
+    # 16-bit factors multiply on tensor cores, and so do float32 factors beside a bfloat16 x, as sums of bfloat16
+    # numbers; elsewhere they multiply in float32, and never as TF32.
     Rule(r"lora::sm80::(shrink|expand|gradient)<(bfloat16|float16),\2,.*>", tensor_cores=True, wide=True),
-    Rule(r"lora::sm80::(shrink|expand|gradient)<\w+,float,.*>", tensor_cores=False, wide=True),
+    Rule(r"lora::sm80::(shrink|expand|gradient)<bfloat16,float,.*>", tensor_cores=True, wide=True),
+    Rule(r"lora::sm80::(shrink|expand|gradient)<(float16|float),float,.*>", tensor_cores=False, wide=True),
+    Rule(r"lora::sm80::gemm<\w+,(true|false)>", tensor_cores=True, wide=True),
+    Rule(r"lora::sm80::operand<\w+,\w+>", tensor_cores=False, wide=True),
     Rule(r"lora::sm80::grouped_(shrink|expand|gradient)<(bfloat16|float16),\2,.*>", tensor_cores=True, wide=True),
     Rule(r"lora::sm80::grouped_(shrink|expand|gradient)<\w+,float,.*>", tensor_cores=False, wide=True),
     # For 16-bit types alone.
@@ -74,8 +83,23 @@ RULES = (
     # Integers: no product is made.
     Rule(r"lora::sm80::(group_tokens|group_few_tokens|list_tiles)<int>", tensor_cores=False, wide=False),
     Rule(r"lora::sm80::grouped_finish<\w+>", tensor_cores=False, wide=False),
-    # One number or eight flags a thread: a small part of the traffic.
-    Rule(r"lora::sm80::(finish<\w+>|dropout_mask<bool>)", tensor_cores=False, wide=False),
+    # One number or eight flags a thread, or a factor at any address: a small part of the traffic.
+    Rule(r"lora::sm80::(finish<\w+>|dropout_mask<bool>|factor_operand<float>)", tensor_cores=False, wide=False),
+    # TMA moves their matrices. The products of 128x256 are two warpgroups' 64x256, those of 128x128 two of 64x128.
+    Rule(
+        r"lora::sm90::gemm<(bfloat16|float16),(true|false),0>",
+        tensor_cores=True,
+        wide=False,
+        targets=frozenset({"sm_90a"}),
+        loop="HGMMA.64x256x16.F32",
+    ),
+    Rule(
+        r"lora::sm90::gemm<(bfloat16|float16),(true|false),1>",
+        tensor_cores=True,
+        wide=False,
+        targets=frozenset({"sm_90a"}),
+        loop="HGMMA.64x128x16.F32",
+    ),
 )
 
 
@@ -163,17 +187,30 @@ def compiler(library: Path) -> str:
     return ", ".join(sorted(found))
 
 
-def ptx_kernels(library: Path) -> dict[str, tuple[str, int]]:
-    """The target of each kernel's PTX and its largest block (0: not stated), by mangled name."""
-    found, name, target = {}, "", ""
+def ptx_targets(library: Path) -> dict[str, str]:
+    """The target of each kernel's PTX, by mangled name."""
+    found, target = {}, ""
     for line in cuobjdump("-ptx", library):
         if match := re.match(r"\.target sm_(\w+)", line):
             target = f"compute_{match[1]}"
         elif match := re.match(r"(?:\.\w+ )*\.entry (\w+)", line):
+            found[match[1]] = target
+    return found
+
+
+def largest_blocks(library: Path) -> dict[tuple[str, str], int]:
+    """Threads that a block may have by __launch_bounds__ for each (mangled name, arch), from the machine code."""
+    found, name, arch, announced = {}, "", "", False
+    for line in cuobjdump("-elf", library):
+        if announced and (match := re.match(r"\s+Value:\s+0x(\w+) 0x(\w+) 0x(\w+)", line)):
+            found[name, arch] = int(match[1], 16) * int(match[2], 16) * int(match[3], 16)
+            announced = False
+        elif "EIATTR_MAX_THREADS" in line:
+            announced = True
+        elif match := re.match(r"\.nv\.info\.(\w+)$", line):
             name = match[1]
-            found[name] = (target, 0)
-        elif match := re.match(r"\.maxntid (\d+)(?:, (\d+))?(?:, (\d+))?", line):
-            found[name] = (target, int(match[1]) * int(match[2] or 1) * int(match[3] or 1))
+        elif match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
     return found
 
 
@@ -205,12 +242,13 @@ def kernels(library: Path) -> list[Kernel]:
         elif match := re.match(r"\s+code for (\w+)", line):
             arch = match[1]
 
-    usage, ptx = resources(library), ptx_kernels(library)
+    usage, ptx, blocks = resources(library), ptx_targets(library), largest_blocks(library)
     short = short_names({kernel.name for kernel, _ in parts})
     found: dict[tuple[str, str], Kernel] = {}
     for kernel, digest in parts:
         kernel.registers, kernel.stack, kernel.shared = usage[kernel.name, kernel.arch]
-        kernel.ptx, kernel.threads = ptx.get(kernel.name, ("", 0))
+        kernel.threads = blocks.get((kernel.name, kernel.arch), 0)
+        kernel.ptx = ptx.get(kernel.name, "")
         kernel.name, kernel.hash = short[kernel.name], digest.hexdigest()[:16]
         twin = found.setdefault((kernel.name, kernel.arch), kernel)
         if twin.hash != kernel.hash:
@@ -225,9 +263,10 @@ def faults(found: list[Kernel], rules: tuple[Rule, ...], wanted: set[str]) -> li
         rule = [rule for rule in rules if re.fullmatch(rule.kernels, name)]
         if len(rule) != 1:
             problems.append(f"{name} matches {len(rule)} of the rules in kernels.py, but must match one")
-        if (has := {kernel.arch for kernel in versions} | {kernel.ptx for kernel in versions if kernel.ptx}) != wanted:
+        targets = rule[0].targets if len(rule) == 1 and rule[0].targets else wanted
+        if (has := {kernel.arch for kernel in versions} | {kernel.ptx for kernel in versions if kernel.ptx}) != targets:
             problems.append(
-                f"{name} is there for {', '.join(sorted(has))}, but must be for {', '.join(sorted(wanted))}"
+                f"{name} is there for {', '.join(sorted(has))}, but must be for {', '.join(sorted(targets))}"
             )
         for kernel in versions:
             problems += [
@@ -254,6 +293,8 @@ def faults_of(kernel: Kernel, rule: Rule | None) -> Iterator[str]:
     if rule is not None:
         if rule.tensor_cores != (kernel.count(TENSOR) > 0):
             yield "uses tensor cores, but must not" if kernel.count(TENSOR) else "uses no tensor cores"
+        if rule.loop and not any(opcode.startswith(rule.loop) for opcode in kernel.code):
+            yield f"has no {rule.loop} in its loop"
         if rule.wide and not kernel.count(WIDE):
             yield "has no 128-bit access to global memory"
 

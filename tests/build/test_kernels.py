@@ -171,6 +171,8 @@ def test_rules_are_held(faulty):
     assert said("clean", tensor_cores=True) == ["uses no tensor cores"]
     assert said("clean_product", tensor_cores=True) == []
     assert said("clean_product") == ["uses tensor cores, but must not"]
+    assert said("clean_product", tensor_cores=True, loop="HMMA.16816") == []
+    assert said("clean_product", tensor_cores=True, loop="HGMMA.64x256x16") == ["has no HGMMA.64x256x16 in its loop"]
 
 
 @pytest.mark.cuda_library
@@ -193,6 +195,10 @@ def test_every_kernel_is_there_for_every_target(faulty):
     rule = Rule(r"planted::.*", tensor_cores=False, wide=False)
     assert kernels.faults([faulty["clean"]], (rule,), kernels.TARGETS) == [
         "planted::clean is there for compute_80, sm_80, but must be for compute_80, sm_80, sm_90a"
+    ]
+    own = Rule(r"planted::.*", tensor_cores=False, wide=False, targets=frozenset({"sm_90a"}))
+    assert kernels.faults([faulty["clean"]], (own,), kernels.TARGETS) == [
+        "planted::clean is there for compute_80, sm_80, but must be for sm_90a"
     ]
 
 

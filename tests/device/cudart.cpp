@@ -1,7 +1,9 @@
 // Stands in for the CUDA runtime (libcudart.so.13) where there is no GPU. Every call is recorded. A launch of a kernel that nvcc compiled
 // stops there: it has been registered, with its name. Any other function is a kernel for the host, which the emulator runs.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <deque>
@@ -18,6 +20,8 @@ namespace {
 constexpr int kMaxDevices = 16;
 constexpr size_t kDefaultShared = 48 * 1024;  // dynamic shared memory without opt-in
 constexpr unsigned kMaxBlock = 1024, kMaxBlockZ = 64, kMaxGridX = 2147483647, kMaxGridYZ = 65535;
+constexpr unsigned kMaxCluster = 8;
+constexpr size_t kMaxArgument = 4096;  // of a kernel; what lies behind a smaller one comes along
 
 // As recording.py reads it.
 struct Record {
@@ -26,10 +30,21 @@ struct Record {
   int32_t device;      // current one
   int32_t status;
   void* stream;
-  uint32_t grid[3], block[3];
+  uint32_t grid[3], block[3], cluster[3];
+  int32_t programmatic;    // whether it may start before the launch before it has ended
   uint64_t shared_memory;  // of a launch, or as opted in
-  unsigned char argument[emulator::kArgumentBytes];
+  unsigned char argument[kMaxArgument];
 };
+
+// What stands in a tensor map, as recording.py reads it.
+struct TensorMap {
+  char magic[4];
+  uint8_t type, rank, swizzle, fill;
+  uint64_t address;
+  uint64_t sizes[5], strides[4];  // the first stride is the second dimension's, in bytes
+  uint32_t box[5];
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
 struct Device {
   int sm = 80, sm_count = 108, shared_memory = 163 * 1024;  // shared memory of a block with opt-in
@@ -42,6 +57,7 @@ std::unordered_map<std::string, const char*> names;  // of kernels for the host
 std::set<std::string> interned;
 std::array<Device, kMaxDevices> devices;
 int device_count = 2;
+bool old_driver = false;  // one that makes no tensor maps
 std::unordered_map<int, std::unordered_map<const void*, size_t>> opted_in;  // by device and function
 std::string failure = "unspecified launch failure";
 thread_local int current = 0;
@@ -51,6 +67,8 @@ struct Configuration {
   dim3 grid, block;
   size_t shared_memory;
   void* stream;
+  dim3 cluster{1, 1, 1};
+  bool programmatic = false;
 };
 thread_local Configuration pushed;
 
@@ -73,8 +91,12 @@ const char* kernel_name(const void* function) {
 }
 
 // What the runtime itself refuses.
-cudaError_t check_launch(const void* function, dim3 grid, dim3 block, size_t shared_memory) {
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+cudaError_t check_launch(const void* function, const Configuration& how) {
+  const auto& [grid, block, shared_memory, stream, cluster, programmatic] = how;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z, together = uint64_t{cluster.x} * cluster.y * cluster.z;
+  if (together == 0 || together > kMaxCluster || grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
+    return cudaErrorInvalidClusterSize;
+  if ((together > 1 || programmatic) && devices[static_cast<size_t>(current)].sm < 90) return cudaErrorNotSupported;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ || threads == 0 ||
       threads > kMaxBlock || block.z > kMaxBlockZ)
     return cudaErrorInvalidConfiguration;
@@ -91,12 +113,14 @@ cudaError_t launch(const char* call, const void* function, Configuration how, vo
     Record record = blank(call);
     record.kernel = kernel_name(function);
     record.stream = how.stream;
-    const unsigned grid[] = {how.grid.x, how.grid.y, how.grid.z}, block[] = {how.block.x, how.block.y, how.block.z};
-    std::memcpy(record.grid, grid, sizeof grid);
-    std::memcpy(record.block, block, sizeof block);
+    const auto note = [](uint32_t (&to)[3], dim3 from) { to[0] = from.x, to[1] = from.y, to[2] = from.z; };
+    note(record.grid, how.grid);
+    note(record.block, how.block);
+    note(record.cluster, how.cluster);
+    record.programmatic = how.programmatic;
     record.shared_memory = how.shared_memory;
     if (arguments && arguments[0]) std::memcpy(record.argument, arguments[0], sizeof record.argument);
-    record.status = check_launch(function, how.grid, how.block, how.shared_memory);
+    record.status = check_launch(function, how);
     records.push_back(record);
     made = &records.back();
     on_host = registered.find(function) == registered.end();
@@ -108,6 +132,32 @@ cudaError_t launch(const char* call, const void* function, Configuration how, vo
   failure = wrong;
   made->status = cudaErrorLaunchFailure;
   return noted(cudaErrorLaunchFailure);
+}
+
+// What the driver makes a tensor map of, or refuses (CUDA driver API, tensor map object management).
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
+                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  const bool whole =
+      type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  if (!whole || rank < 1 || rank > 5 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return CUDA_ERROR_INVALID_VALUE;
+  constexpr unsigned kBytes = 2, kLine[] = {256 * kBytes, 32, 64, 128};  // of an element; of a box's line, by swizzle
+  if (reinterpret_cast<uintptr_t>(map) % 64 || reinterpret_cast<uintptr_t>(address) % 16) return CUDA_ERROR_INVALID_VALUE;
+  if (box[0] * kBytes % 16 || box[0] * kBytes > kLine[swizzle]) return CUDA_ERROR_INVALID_VALUE;
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    if (sizes[i] < 1 || sizes[i] > uint64_t{1} << 32 || box[i] < 1 || box[i] > 256 || steps[i] != 1) return CUDA_ERROR_INVALID_VALUE;
+    if (i > 0 && (strides[i - 1] % 16 || strides[i - 1] >= uint64_t{1} << 40)) return CUDA_ERROR_INVALID_VALUE;
+  }
+  TensorMap made{};
+  std::memcpy(made.magic, "TMA", 4);
+  made.type = static_cast<uint8_t>(type), made.rank = static_cast<uint8_t>(rank);
+  made.swizzle = static_cast<uint8_t>(swizzle), made.fill = static_cast<uint8_t>(fill);
+  made.address = reinterpret_cast<uint64_t>(address);
+  std::copy_n(sizes, rank, made.sizes);
+  std::copy_n(strides, rank - 1, made.strides);
+  std::copy_n(box, rank, made.box);
+  std::memcpy(map, &made, sizeof made);
+  return CUDA_SUCCESS;
 }
 
 }  // namespace
@@ -159,7 +209,13 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
-  return launch("cudaLaunchKernelExC", function, {config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream}, arguments);
+  Configuration how{config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& [id, pad, value] = config->attrs[i];
+    if (id == cudaLaunchAttributeClusterDimension) how.cluster = {value.clusterDim.x, value.clusterDim.y, value.clusterDim.z};
+    if (id == cudaLaunchAttributeProgrammaticStreamSerialization) how.programmatic = value.programmaticStreamSerializationAllowed != 0;
+  }
+  return launch("cudaLaunchKernelExC", function, how, arguments);
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
@@ -211,6 +267,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = kDefaultShared; return cudaSuccess;
     default: return noted(cudaErrorInvalidValue);  // nobody has asked for it so far
   }
+}
+
+// ---- the driver -------------------------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::string(symbol) == "cuTensorMapEncodeTiled" && version >= 12000 && !old_driver;
+  *function = known ? reinterpret_cast<void*>(&encode_tiled) : nullptr;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
 }
 
 // ---- errors -----------------------------------------------------------------------------------------------------------------------------
@@ -309,6 +375,8 @@ void cudart_set_devices(int count, int sm, int sm_count, int shared_memory) {
   devices.fill({sm, sm_count, shared_memory});
   opted_in.clear();
 }
+
+void cudart_set_old_driver(int old) { old_driver = old != 0; }
 
 void cudart_set_emulator_seed(uint64_t seed) { emulator::set_seed(seed); }
 

@@ -126,6 +126,49 @@ __global__ void uninitialised_shared_memory(const Task task) {
   static_cast<float*>(task.out)[thread()] = shared_floats()[thread()];
 }
 
+// out[i] = a[(i + 4) % threads] by a copy of four floats for each fourth thread, of which `planted` forgets to wait for its own (1), for
+// the others' (2), or to close the group for which it waits (3).
+__global__ void asynchronous_copy(const Task task) {
+  const int threads = static_cast<int>(blockDim.x);
+  const float* from = static_cast<const float*>(task.a) + thread();
+  if (thread() % 4 == 0) cp_async_16(shared_floats() + thread(), from, true);
+  if (task.planted != 3) cp_async_commit();
+  if (task.planted != 1) cp_async_wait<0>();
+  if (task.planted != 2) __syncthreads();
+  static_cast<float*>(task.out)[thread()] = shared_floats()[(thread() + 4) % threads];
+}
+
+// out[i] = a[i] + a[threads + i] + ... over `count` tiles in three stages, of which each is sent two tiles ahead; `planted`: three, into
+// the stage that is being read.
+__global__ void pipelined_copies(const Task task) {
+  const int threads = static_cast<int>(blockDim.x), count = static_cast<int>(task.count), ahead = task.planted ? 3 : 2;
+  const auto send = [&](int tile) {
+    if (thread() % 4 == 0 && tile < count)
+      cp_async_16(shared_floats() + tile % 3 * threads + thread(), static_cast<const float*>(task.a) + tile * threads + thread(), true);
+    cp_async_commit();
+  };
+  for (int tile = 0; tile < ahead; ++tile) send(tile);
+  float sum = 0.0f;
+  for (int tile = 0; tile < count; ++tile) {
+    cp_async_wait<1>();
+    __syncthreads();
+    send(tile + ahead);
+    sum += shared_floats()[tile % 3 * threads + (thread() + 32) % threads];
+  }
+  static_cast<float*>(task.out)[thread()] = sum;
+}
+
+// Zeros where a copy has no source; `planted`: a destination (1) or a source (2) that is not on 16 bytes, or a destination elsewhere (3).
+__global__ void copy_of_nothing(const Task task) {
+  float* const to = shared_floats() + (thread() & ~3) + (task.planted == 1);
+  const float* const from = static_cast<const float*>(task.a) + (task.planted == 2);
+  cp_async_16(task.planted == 3 ? static_cast<float*>(task.out) : to, from, false);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  static_cast<float*>(task.out)[thread()] = shared_floats()[thread()];
+}
+
 __global__ void read_past_shared_memory(const Task task) {
   shared_floats()[thread()] = static_cast<const float*>(task.a)[thread()];
   __syncthreads();
@@ -235,6 +278,9 @@ constexpr Named kKernels[] = {
     {"shared_scratch", shared_scratch},
     {"overwritten_tile", overwritten_tile},
     {"uninitialised_shared_memory", uninitialised_shared_memory},
+    {"asynchronous_copy", asynchronous_copy},
+    {"pipelined_copies", pipelined_copies},
+    {"copy_of_nothing", copy_of_nothing},
     {"read_past_shared_memory", read_past_shared_memory},
     {"write_past_shared_memory", write_past_shared_memory},
     {"write_past_the_output", write_past_the_output},

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include <cxxabi.h>
@@ -69,6 +70,12 @@ constexpr size_t kSharedAlignment = 128;
 
 enum class State { ready, at_collective, at_barrier, finished, faulted };
 
+struct Copy {
+  void* to;
+  const void* from;  // nullptr: zeros
+  size_t bytes, group;
+};
+
 struct Fiber {
   void* stack_pointer;
   uint3 index;
@@ -76,6 +83,8 @@ struct Fiber {
   const char* name;  // of the collective
   void (*together)(void* const (&)[kWarp]);
   void* operands;
+  std::vector<Copy> copies;  // on their way
+  size_t groups;             // committed
 };
 
 // Passed by value it lies on the stack, as any struct of more than 16 bytes, so a kernel finds its own struct at the start.
@@ -128,6 +137,8 @@ size_t shared_bytes;
 std::vector<Fiber> fibers;
 Fiber* running = nullptr;
 void* scheduler;  // its stack pointer while a fiber runs
+Random* order;         // of the launch
+std::string stopped;   // by stop(): why
 int fault_signal;
 const unsigned char* fault_address;
 pthread_t owner;
@@ -179,6 +190,8 @@ void start(Fiber& fiber, size_t thread) {
   std::fill(top - 6, top, nullptr);
   fiber.stack_pointer = top - 6;
   fiber.state = State::ready;
+  fiber.copies.clear();
+  fiber.groups = 0;
 }
 
 [[noreturn]] void diverged(const Fiber& a, const Fiber& b, const std::string& rule) {
@@ -233,6 +246,13 @@ void run_block(Random& random) {
     if (*byte != kPoison) fail("a thread wrote past its " + std::to_string(shared_bytes) + " bytes of shared memory");
 }
 
+void make(const Copy& copy) {
+  if (copy.from)
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  else
+    std::memset(copy.to, 0, copy.bytes);
+}
+
 void run_grid(Random& random) {
   std::vector<uint32_t> order(size_t{gridDim.x} * gridDim.y * gridDim.z);
   std::iota(order.begin(), order.end(), 0);
@@ -283,6 +303,7 @@ class SignalHandlers {
 };
 
 std::string describe_fault(const Fiber& fiber) {
+  if (!stopped.empty()) return std::exchange(stopped, "");
   if (fault_signal == SIGILL || fault_signal == SIGFPE)
     return "a misaligned access, an integer overflow, a division by zero or another undefined operation";
   const auto* end = shared_memory + shared_bytes;
@@ -355,6 +376,7 @@ std::string run(const void* function, dim3 grid, dim3 block, size_t bytes, const
   Random random{seed * 0x9e3779b97f4a7c15u + launches++};
   const SignalHandlers handlers;
   try {
+    order = &random;
     run_grid(random);
   } catch (const Failure& failure) {
     return name_of(function) + ": " + failure.text;
@@ -370,6 +392,29 @@ void collective(const char* name, void (*together)(void* const (&)[kWarp]), void
 }
 
 void fail(const std::string& text) { throw Failure{"block " + text_of(blockIdx) + ": " + text}; }
+
+void stop(const std::string& text) {
+  stopped = text;
+  yield(State::faulted);
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  const Copy copy{to, from, bytes, running->groups};
+  if ((*order)() % 4 == 0) return make(copy);
+  std::memset(to, kPoison, bytes);
+  running->copies.push_back(copy);
+}
+
+void commit_copies() { ++running->groups; }
+
+void finish_copies(size_t pending) {
+  auto& copies = running->copies;
+  const size_t groups = running->groups;
+  const auto waits = [&](const Copy& copy) { return copy.group + pending >= groups; };
+  for (const Copy& copy : copies)
+    if (!waits(copy)) make(copy);
+  copies.erase(std::remove_if(copies.begin(), copies.end(), [&](const Copy& copy) { return !waits(copy); }), copies.end());
+}
 
 bool in_shared_memory(const void* pointer, size_t bytes) {
   const auto* byte = static_cast<const unsigned char*>(pointer);

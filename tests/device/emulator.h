@@ -27,6 +27,17 @@ void collective(const char* name, void (*together)(void* const (&operands)[kWarp
 // For `together`: ends the launch with an error.
 [[noreturn]] void fail(const std::string& text);
 
+// For the threads of a kernel: ends the launch with an error.
+void stop(const std::string& text);
+
+// For the threads of a kernel: an asynchronous copy into shared memory, of zeros where `from` is null. By the launch's random order it is
+// made at once, or its bytes are poison until the thread waits for it.
+void copy_later(void* to, const void* from, size_t bytes);
+// Closes a group of the thread's copies.
+void commit_copies();
+// Makes the copies of all the thread's groups but the last `pending`.
+void finish_copies(size_t pending);
+
 // Whether the block's shared memory holds these bytes.
 bool in_shared_memory(const void* pointer, size_t bytes);
 

@@ -12,6 +12,7 @@ static struct {
 } threadIdx, blockIdx, gridDim;
 static void __syncthreads() {}
 
+#include "lora/gemm_sm80.cuh"
 #include "lora/sm80.cuh"
 
 unsigned char* shared_memory;
@@ -26,6 +27,9 @@ void ldmatrix_x4(uint32_t (&)[4], const void* row) { record(row); }
 void ldmatrix_x4_trans(uint32_t (&)[4], const void* row) { record(row); }
 void mma_bfloat16(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {}
 void mma_float16(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {}
+void cp_async_16(void* to, const void*, bool) { record(to); }
+void cp_async_commit() {}
+void cp_async_wait(int) {}
 
 namespace lora::sm80 {
 
@@ -96,6 +100,49 @@ void product(const char* name) {
   std::printf("}\n");
 }
 
+// What all lanes of all warps touch while `run` has its turn for each: 32 offsets per call.
+template <class Run>
+void print_calls(const char* kind, const char* name, const Run& run) {
+  std::vector<long> calls;
+  for (int warp_index = 0; warp_index < kThreads / 32; ++warp_index) {
+    std::vector<std::vector<long>> lanes;
+    for (int i = 0; i < 32; ++i) {
+      threadIdx.x = 32 * warp_index + i;
+      read.clear();
+      run();
+      lanes.push_back(read);
+    }
+    for (size_t call = 0; call < lanes[0].size(); ++call)
+      for (const std::vector<long>& lane_offsets : lanes) calls.push_back(lane_offsets[call]);
+  }
+  std::printf("{\"kind\": \"%s\", \"name\": \"%s\", ", kind, name);
+  print("calls", calls);
+  std::printf("}\n");
+}
+
+template <bool kDown>
+void gemm_calls(const char* product, const char* operand) {
+  bfloat16* const x = reinterpret_cast<bfloat16*>(memory);
+  print_calls("product", product, [&] {
+    GemmSums sums{};
+    multiply_tile<kDown>(sums, x, warp() % 2 * kGemmWarpTile, x + kOperandElements, warp() / 2 * kGemmWarpTile);
+  });
+  print_calls("sent", operand, [&] { send<kDown>(x, memory, 128, 0, 128, 0, 128); });
+}
+
+void gemm_result() {
+  bfloat16* const d = reinterpret_cast<bfloat16*>(memory);
+  print_calls("stored", "gemm", [&] {
+    for (int j = 0; j < kGemmWarpTile; j += 8)
+      for (int i = 0; i < kGemmWarpTile; i += 8)
+        record(result_at(d, warp() % 2 * kGemmWarpTile + i + lane() / 4, warp() / 2 * kGemmWarpTile + j + 2 * (lane() % 4)));
+  });
+  using Mine = Share<kGemmTile / 8>;
+  print_calls("loaded", "gemm", [&] {
+    for (int line = Mine::line(); line < kGemmTile; line += Mine::kStep) record(result_at(d, line, Mine::column()));
+  });
+}
+
 template <class E>
 void tiles() {
   tile<E, 16, 64>();  // a factor by ranks
@@ -118,6 +165,9 @@ void print_all() {
   product<false, true, 16, 1>("shrink down to 128 ranks");
   product<true, true, 2, 2>("gradient of 16 ranks");
   product<true, true, 8, 2>("gradient of 64 ranks");
+  gemm_calls<false>("gemm", "rows");
+  gemm_calls<true>("gemm down", "down");
+  gemm_result();
   std::printf("{\"kind\": \"delta\", \"stride\": %d}\n", kDeltaStride);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from peftops.ops import lora_dropout_mask, lora_linear
 
 from .emulate import device as stand_ins
-from .recording import GPUS, OTHER_STREAM, STREAM, TASK_BYTES, Runtime
+from .recording import ARGUMENT_BYTES, GPUS, OTHER_STREAM, STREAM, TASK_BYTES, Runtime
 
 
 def start() -> None:
@@ -31,9 +32,13 @@ def observe_lora(
     tensor_scale: bool = False,
     layout: str = "contiguous",
     gradients: str = "",
+    forced: str = "",
     **where: Any,
 ) -> dict:
-    """One call of lora_linear, and the named gradients. layout: of x and of the upstream gradient."""
+    """One call of lora_linear, and the named gradients.
+
+    layout: of x and of the upstream gradient. forced: the plan that PEFTOPS_FORCE_PLAN names.
+    """
 
     def call(device: str):
         def empty(*shape, dtype=dtype):
@@ -59,12 +64,74 @@ def observe_lora(
         seed = empty(1, dtype="int64") if dropout_p else None
 
         def run() -> list:
-            y = lora_linear(*tensors.values(), scale, dropout_p, seed)
-            return [y, *(torch.autograd.grad(y, leaves, upstream) if leaves else ())]
+            if forced:
+                os.environ["PEFTOPS_FORCE_PLAN"] = forced
+            try:
+                y = lora_linear(*tensors.values(), scale, dropout_p, seed)
+                return [y, *(torch.autograd.grad(y, leaves, upstream) if leaves else ())]
+            finally:
+                os.environ.pop("PEFTOPS_FORCE_PLAN", None)
 
         return run
 
     return _observe(call, **where)
+
+
+def observe_gemm_sm90(
+    *,
+    library: str,
+    rows: int,
+    columns: int,
+    depths: list[int],
+    dtype: str = "bfloat16",
+    down: bool = False,
+    adapters: int = 0,
+    padding: int = 0,
+    options: str = "",
+    scale: float = 1.0,
+    candidate: int = -1,
+    programmatic: bool = False,
+    old_driver: bool = False,
+    **where: Any,
+) -> dict:
+    """One launch of the GEMM for sm_90a, through the operator in a library (gemm_sm90.cpp).
+
+    padding: elements between rows. options: of "bias column_scale device_scale mask unaligned". The observation holds
+    under "matrices" where d, every x and every w start, and how many bytes they have.
+    """
+    matrices: list[tuple[int, int]] = []
+    options = options.split()
+
+    def call(device: str):
+        def empty(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+
+        def matrix(rows: int, columns: int):
+            start = 1 if "unaligned" in options else 0
+            made = empty(rows, columns + padding)[:, start : start + columns]
+            # Of the last row nothing lies behind the last column.
+            matrices.append((made.data_ptr(), 2 * ((rows - 1) * made.stride(0) + columns)))
+            return made
+
+        d = matrix(rows, columns)
+        x = [matrix(rows, depth) for depth in depths]
+        w = [matrix(depth, columns) if down else matrix(columns, depth) for depth in depths]
+        extra = {
+            "bias": lambda: empty(columns),
+            "column_scale": lambda: empty(columns, dtype="float32"),
+            "device_scale": lambda: empty(dtype="float32"),
+            "mask": lambda: empty(rows, -(-columns // 8), dtype="uint8"),
+        }
+        bias, column_scale, device_scale, mask = (make() if name in options else None for name, make in extra.items())
+        torch.ops.load_library(library)
+        Runtime(stand_ins.runtime).set_old_driver(old_driver)
+        return lambda: [
+            torch.ops.peftops_test.gemm_sm90(
+                d, x, w, down, adapters, bias, column_scale, scale, device_scale, mask, candidate, programmatic
+            )
+        ]
+
+    return _observe(call, bytes_of_task=ARGUMENT_BYTES, **{"gpu": "H100"} | where) | {"matrices": matrices}
 
 
 def observe_lora_dropout_mask(*, rows: int, features: int, **where: Any) -> dict:
@@ -94,6 +161,7 @@ def _observe(
     device: int = 0,
     current: int = 0,
     fresh: bool = True,
+    bytes_of_task: int = TASK_BYTES,
 ) -> dict:
     """What happens in the call that `prepare` makes for a device, while device `current` is the current one.
 
@@ -115,5 +183,5 @@ def _observe(
         "current": current,
         "current_after": runtime.device(),
         "results": shapes,
-        "calls": [asdict(call) | {"argument": call.argument[:TASK_BYTES].hex()} for call in calls],
+        "calls": [asdict(call) | {"argument": call.argument[:bytes_of_task].hex()} for call in calls],
     }

@@ -74,6 +74,8 @@ void multiply_add(void* const (&operands)[kWarp]) {
   }
 }
 
+constexpr size_t kCopyBytes = 16;
+
 struct ShuffleOperands {
   float value;
   unsigned mask;
@@ -112,6 +114,17 @@ void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
   MmaOperands operands{d, a, b};
   emulator::collective("mma_float16", multiply_add<float16>, &operands);
 }
+
+void cp_async_16(void* to, const void* from, bool exists) {
+  if (!emulator::in_shared_memory(to, kCopyBytes)) emulator::stop("cp.async: the destination is not in shared memory");
+  for (const void* pointer : {static_cast<const void*>(to), from})
+    if (reinterpret_cast<uintptr_t>(pointer) % kCopyBytes != 0) emulator::stop("cp.async: an address is not a multiple of 16");
+  emulator::copy_later(to, exists ? from : nullptr, kCopyBytes);
+}
+
+void cp_async_commit() { emulator::commit_copies(); }
+
+void cp_async_wait(int pending) { emulator::finish_copies(static_cast<size_t>(pending)); }
 
 }  // namespace peftops
 

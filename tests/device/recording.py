@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-ARGUMENT_BYTES = 1024
-TASK_BYTES = 256  # of the argument, enough for the struct of any kernel
+ARGUMENT_BYTES = 4096
+TASK_BYTES = 512  # of the argument, enough for the struct of any kernel without tensor maps
 STREAM, OTHER_STREAM = 0x77, 0x99  # of the device of a call, of other devices
 LAUNCHES = ("<<<>>>", "cudaLaunchKernel", "cudaLaunchKernelExC")
 ALLOWED = (*LAUNCHES, "cudaSetDevice", "cudaFuncSetAttribute")
@@ -23,6 +23,8 @@ class _Record(ctypes.Structure):
         ("stream", ctypes.c_void_p),
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
+        ("programmatic", ctypes.c_int32),
         ("shared_memory", ctypes.c_uint64),
         ("argument", ctypes.c_ubyte * ARGUMENT_BYTES),
     ]
@@ -39,8 +41,32 @@ class Call:
     stream: int
     grid: tuple[int, ...]
     block: tuple[int, ...]
+    cluster: tuple[int, ...]
+    programmatic: bool
     shared_memory: int
     argument: bytes
+
+
+class TensorMap(ctypes.Structure):
+    """What the stand-in for the driver writes into a tensor map of 128 bytes."""
+
+    _fields_ = [
+        ("magic", ctypes.c_char * 4),
+        ("type", ctypes.c_uint8),
+        ("rank", ctypes.c_uint8),
+        ("swizzle", ctypes.c_uint8),
+        ("fill", ctypes.c_uint8),
+        ("address", ctypes.c_uint64),
+        ("sizes", ctypes.c_uint64 * 5),
+        ("strides", ctypes.c_uint64 * 4),
+        ("box", ctypes.c_uint32 * 5),
+    ]
+
+
+def tensor_maps(argument: bytes) -> list[tuple[int, TensorMap]]:
+    """The tensor maps in a kernel's struct, each with its place."""
+    places = [place for place in range(0, len(argument) - 127, 64) if argument[place : place + 4] == b"TMA\0"]
+    return [(place, TensorMap.from_buffer_copy(argument, place)) for place in places]
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,10 @@ class Runtime:
     def set_devices(self, gpu: Gpu, count: int = 2) -> None:
         self.library.cudart_set_devices(count, gpu.sm, gpu.sm_count, gpu.shared_memory)
 
+    def set_old_driver(self, old: bool) -> None:
+        """Whether the driver is one that makes no tensor maps."""
+        self.library.cudart_set_old_driver(int(old))
+
     def set_seed(self, seed: int) -> None:
         """Of the orders in which the emulator runs blocks, warps and lanes."""
         self.library.cudart_set_emulator_seed(seed)
@@ -108,6 +138,8 @@ class Runtime:
                     stream=record.stream or 0,
                     grid=tuple(record.grid),
                     block=tuple(record.block),
+                    cluster=tuple(record.cluster),
+                    programmatic=bool(record.programmatic),
                     shared_memory=record.shared_memory,
                     argument=bytes(record.argument),
                 )

@@ -127,8 +127,10 @@ def emulated() -> Path:
     rooms = sorted({path.parent for path in CSRC.rglob("*.cu")})
     checks = re.compile(r"(?<!kernels)(?<!cpu)\.cpp$")
     files = [file for room in rooms for file in sorted(room.iterdir())]
-    sources = [file for file in files if checks.search(file.name) or file.suffix == ".cu"]
-    return emulated_library("libpeftops_emulated.so", sources, headers)
+    sources = [
+        file for file in files if checks.search(file.name) or (file.suffix == ".cu" and "_sm90_" not in file.name)
+    ]
+    return emulated_library("libpeftops_emulated.so", [*sources, HERE / "not_emulated.cpp"], headers)
 
 
 def emulated_library(name: str, sources: list[Path], headers: list[Path]) -> Path:

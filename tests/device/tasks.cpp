@@ -2,10 +2,9 @@
 #include <sstream>
 #include <string>
 
-#include "../../csrc/lora/cuda_kernels.h"
+#include "../../csrc/lora/gemm.h"
 #include "../../csrc/lora/grouped_kernels.h"
 #include "../../csrc/lora/multi_kernels.h"
-#include "../../csrc/lora/plan.h"
 
 namespace {
 
@@ -101,6 +100,25 @@ std::string fields(const std::string& task, const void* bytes) {
     const auto& t = as<FinishTask>(bytes);
     return json({{"count0", t.results[0].count}, {"count1", t.results[1].count}});
   }
+  if (task == "OperandTask") {
+    const auto& t = as<OperandTask>(bytes);
+    return json({{"rows", t.rows}, {"stride", t.sums_stride}, {"splits", t.splits}});
+  }
+  if (task == "FactorTask") {
+    const auto& t = as<FactorTask>(bytes);
+    return json({{"lines", t.lines}, {"columns", t.columns}, {"whole_lines", t.whole_lines}, {"whole_columns", t.whole_columns}});
+  }
+  if (task == "GemmTask") {
+    const auto& t = as<GemmTask>(bytes);
+    return json({{"rows", t.rows},
+                 {"columns", t.columns},
+                 {"count", t.count},
+                 {"depth0", t.segments[0].depth},
+                 {"depth1", t.segments[1].depth},
+                 {"adapter0", t.segments[0].adapter},
+                 {"adapter1", t.segments[1].adapter},
+                 {"masked", t.mask.data != nullptr}});
+  }
   if (task == "DropoutMaskTask") {
     const auto& t = as<DropoutMaskTask>(bytes);
     return json({{"rows", t.rows}, {"columns", t.columns}});
@@ -122,4 +140,5 @@ const char* task_fields(const char* task, const void* bytes) {
 
 int64_t lora_tile() { return kGpuTile; }
 int64_t lora_finish_threads() { return kFinishThreads; }
+int64_t lora_gemm_tile() { return kGemmTile; }
 }

@@ -21,6 +21,7 @@ from tests.device import emulate
 from tests.device.recording import GPUS, LAUNCHES, Gpu, Runtime
 from tests.device.standin import runs_in
 from tests.gpu import lora
+from tests.gpu.lora import taking
 
 emulated = runs_in("emulator")
 
@@ -33,6 +34,9 @@ LEFT_OUT = ("inductor",)
 LIMITS = {"gradients": 8, "views": 7, "special": 4, "opcheck": 8}
 #: Checks in which the length of a block's loop matters.
 LOOPS = ("exact", "poison", "gradients")
+#: The plan that these devices run and do not take by themselves.
+FORCED = ("gemm_sm80",)
+HALVES = (torch.bfloat16, torch.float16)
 SHUFFLES = 4
 RANDOM_CALLS, MOST_ROWS = 60, 300
 
@@ -42,12 +46,15 @@ def check_of(name: str) -> Check:
 
 
 PLAN = [
-    (contract.schema, str(dtype), check.name, gpu)
+    (contract.schema, str(dtype), check.name, gpu, forced)
     for contract, dtype, check in plan(CONTRACTS.values(), CUDA)
     for gpu in DEVICES
+    for forced in ("", *FORCED)
     if check.name not in LEFT_OUT and (gpu == "A100" or check.name in LOOPS)
+    if not forced or (dtype in HALVES and contract.schema.startswith("peftops::lora_linear"))
 ]
-SCHEMAS = pytest.mark.parametrize("schema", CONTRACTS, ids=lambda schema: schema.removeprefix("peftops::"))
+ON_CUDA = [schema for schema, contract in CONTRACTS.items() if contract.dtypes_on(CUDA)]
+SCHEMAS = pytest.mark.parametrize("schema", ON_CUDA, ids=lambda schema: schema.removeprefix("peftops::"))
 DTYPES = pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16", "torch.float16"])
 
 
@@ -65,11 +72,14 @@ def use(gpu: str, shuffle: int) -> None:
     emulate.device.set_seed(shuffle)
 
 
-@pytest.mark.parametrize(("schema", "dtype", "check", "gpu"), PLAN, ids=["-".join(map(_name, case)) for case in PLAN])
+@pytest.mark.parametrize(
+    ("schema", "dtype", "check", "gpu", "forced"), PLAN, ids=["-".join(filter(None, map(_name, case))) for case in PLAN]
+)
 @emulated
-def test_contract(schema, dtype, check, gpu, seed):
+def test_contract(schema, dtype, check, gpu, forced, seed):
     use(gpu, seed)
-    run(check_of(check), CONTRACTS[schema], CUDA, dtype_of(dtype), seed)
+    with taking(forced):
+        run(check_of(check), CONTRACTS[schema], CUDA, dtype_of(dtype), seed)
 
 
 @SCHEMAS
@@ -230,6 +240,59 @@ def test_zero_scale_is_the_base_linear(dtype, tensor, seed):
     assert not any(grad.any() for grad in torch.autograd.grad(y.sum(), leaves))
     with torch.no_grad():
         assert same_bits(lora_linear(x, weight, bias, *leaves, scale), base)
+
+
+@pytest.mark.parametrize("forced", FORCED)
+@pytest.mark.parametrize("dtype", map(str, HALVES))
+@pytest.mark.parametrize("factors", ["its own", "torch.float32"])
+@emulated
+def test_an_adapter_whose_scale_is_zero_has_no_part_in_a_gemm(dtype, factors, forced, seed):
+    """The bits of factors that are zero, even where the factors are NaN."""
+    if dtype == "torch.float16" and factors != "its own":
+        return
+    x, weight, bias, a, b = _operands(dtype_of(dtype), seed, 70, torch.float32 if factors != "its own" else None)
+    x.requires_grad_()
+    results = []
+    for value, scale in ((torch.nan, 0.0), (0.0, 1.0)):
+        with taking(forced):
+            factor_a, factor_b = torch.full_like(a, value), torch.full_like(b, value)
+            y = lora_linear(x, weight, bias, factor_a, factor_b, torch.tensor(scale, device=CUDA))
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), x)])
+    assert all(same_bits(one, other) for one, other in zip(*results, strict=True))
+
+
+# ---- float32 factors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forced", ["", *FORCED])
+@emulated
+def test_float32_factors_of_any_size_beside_bfloat16(forced):
+    """They are multiplied as sums of bfloat16 numbers: none of those may overflow, and infinity times a number whose
+    later terms are zero stays infinity."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 24, generator=generator).to(torch.bfloat16)
+    x[1, 3], x[2, 4], x[3] = torch.inf, -torch.inf, 0
+    a = torch.randn(3, 24, generator=generator)
+    a[0] = a[0].bfloat16().float()  # one term
+    a[:, 3:5] = a[:, 3:5].abs()
+    b = torch.randn(40, 3, generator=generator)
+    b[0] = 1.0
+    weight = torch.full((40, 24), 2.0**-9, dtype=torch.bfloat16)
+    for size in (1.0, torch.finfo(torch.float32).max / 64, 1e-30):
+        factors = a * (size / a.abs().max())
+        operands = [t.to(CUDA) for t in (x, weight, factors, b)]
+        with taking(forced):
+            y, s, _ = torch.ops.peftops.lora_linear_forward(*operands[:2], None, *operands[2:], 1.0, None, 0.0, None)
+        wanted, found = x.double() @ factors.double().T, s.cpu().double()
+        assert (found[1] == torch.inf).all() and (found[2] == -torch.inf).all() and (found[3] == 0).all()
+        assert y[1, 0] == torch.inf and y[2, 0] == -torch.inf
+        for row in (0, 4):
+            error = (found[row] - wanted[row]).abs()
+            assert (error <= 1e-6 * (x[row].double().abs() @ factors.double().abs().T)).all()
+            result = x[row].double() @ weight.double().T + wanted[row] @ b.double().T
+            most = x[row].double().abs() @ weight.double().T + wanted[row].abs() @ b.double().abs().T
+            bound = 2**-8 * result.abs() + 2**-15 * most + (0 if forced else 2**-8 * most)
+            assert ((y.cpu()[row].double() - result).abs() <= bound).all()
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------

@@ -289,6 +289,11 @@ REPORTED = [
     Fault("overflowing_offset", "an integer overflow", count=2**25),
     Fault("division_by_zero", "a division by zero"),
 ]
+LOST_COPIES = {
+    "without a wait": 1,
+    "without a barrier": 2,
+    "without a group": 3,
+}
 OTHERS = [Fault("uninitialised_shared_memory"), Fault("write_past_shared_memory")]
 
 
@@ -318,6 +323,58 @@ def test_a_fault_is_reported_with_its_kernel_and_place(launch, fault):
     assert fault.says in ran.error
     assert f"{fault.kernel}(Task): block (0, 0, 0)" in ran.error
     assert ran.calls[-1].status != 0 and fault.kernel in ran.calls[-1].kernel
+
+
+ONE_COPY = Fault("asynchronous_copy", wanted=np.roll(FIRST, -4))
+TILES_OF_COPIES = 8
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_copies_are_there_after_a_wait_and_a_barrier(launch, seed):
+    ran = run_fault(launch, ONE_COPY, 0, seed)
+    assert ran.error == NO_ERROR
+    np.testing.assert_array_equal(ran.out, ONE_COPY.wanted)
+    ran = run_fault(launch, Fault("copy_of_nothing"), 0, seed)
+    assert ran.error == NO_ERROR and (ran.out == 0).all()
+
+
+@pytest.mark.parametrize("name", LOST_COPIES)
+def test_a_copy_that_nobody_waited_for_is_poison(launch, name):
+    wrong = [np.isnan(run_fault(launch, ONE_COPY, LOST_COPIES[name], seed).out).any() for seed in SEEDS]
+    assert sum(wrong) > len(SEEDS) / 2
+
+
+def pipelined(launch, planted: int, seed: int) -> np.ndarray:
+    tiles = np.random.default_rng(5).permutation(TILES_OF_COPIES * THREADS).astype(np.float32)
+    ran = launch(
+        "pipelined_copies",
+        tiles,
+        np.zeros(THREADS, np.float32),
+        count=TILES_OF_COPIES,
+        planted=planted,
+        shared_memory=3 * SHARED,
+        block=(THREADS,),
+        seed=seed,
+    )
+    assert ran.error == NO_ERROR
+    return ran.out == np.roll(tiles.reshape(TILES_OF_COPIES, THREADS), -32, axis=1).sum(0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_pipeline_of_copies_is_right_in_every_order(launch, seed):
+    assert pipelined(launch, 0, seed).all()
+
+
+def test_a_copy_into_a_stage_that_is_still_read_is_noticed(launch):
+    assert not any(pipelined(launch, 1, seed).all() for seed in SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("planted", "says"), [(1, "not a multiple of 16"), (2, "not a multiple of 16"), (3, "not in shared memory")]
+)
+def test_a_copy_from_or_to_a_wrong_place_is_reported(launch, planted, says):
+    ran = run_fault(launch, Fault("copy_of_nothing"), planted)
+    assert f"cp.async: {'the destination is' if planted == 3 else 'an address is'} {says}" in ran.error
 
 
 def test_shared_memory_that_nobody_wrote_is_nan(launch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.build.kernels import ptx_kernels
+from tests.build.kernels import largest_blocks
 from tests.device import standin
 from tests.device.recording import GPUS
 from tests.device.test_launches import ALL_GRADIENTS, CUDA_LIBRARY, DTYPES, INT32, faults, fields, launches, short_name
@@ -22,7 +22,7 @@ def observe() -> Iterator[Callable[..., dict]]:
     """Calls a function of observe_families.py in a process that records; nothing may be wrong with the calls."""
     process = standin.Process(str(standin.runtime()), str(standin.backend()))
     process.call("tests.device.observe:start")
-    bounds = {kernel: threads for kernel, (_, threads) in ptx_kernels(CUDA_LIBRARY).items()}
+    bounds = {kernel: threads for (kernel, _), threads in largest_blocks(CUDA_LIBRARY).items()}
 
     def run(function: str, **arguments: Any) -> dict:
         seen = process.call(f"tests.device.observe_families:{function}", **arguments)

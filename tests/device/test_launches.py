@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.build.conftest import ROOT
-from tests.build.kernels import ptx_kernels, short_names
+from tests.build.kernels import largest_blocks, short_names
 from tests.device import families, standin
 from tests.device.recording import ALLOWED, GPUS, LAUNCHES, STREAM
 
@@ -78,6 +78,10 @@ def uncovered(launch: dict) -> list[str]:
 
 def walks(launch: dict) -> list[tuple[str, int, int, int]]:
     """(axis, its extent, how much of it a block does, blocks) of a launch."""
+    if "sm90" in launch["kernel"]:  # its blocks take tile after tile: test_gemm_sm90.py
+        return []
+    if short_name(launch["kernel"]).startswith("lora::sm90::"):  # test_gemm_sm90.py looks at its grid
+        return []
     x, y, z = launch["grid"]
     task, tile = fields(launch), tasks().lora_tile()
     match = re.fullmatch(r"(?:\w+::)*(\w+)(?:<(.*)>)?", short_name(launch["kernel"]))
@@ -91,8 +95,16 @@ def walks(launch: dict) -> list[tuple[str, int, int, int]]:
         ]
     if kernel == "expand":
         return [("rows", task["rows"], tile, x), ("columns", task["columns"], task["columns_per_block"], y)]
+    if kernel == "operand":
+        return [("rows", task["rows"], tile, x)]
+    if kernel == "factor_operand":  # in y, each block goes on until nothing is left
+        return [("columns", task["whole_columns"], tile, x)]
+    if kernel == "gemm":
+        each = tasks().lora_gemm_tile()
+        tiles = -(-task["rows"] // each) * -(-task["columns"] // each)
+        return [("tiles", tiles, 1, x)]
     if kernel == "gradient":
-        on_tensor_cores = options[0] == options[1] != "float"
+        on_tensor_cores = options[0] == options[1] != "float" or options[:2] == ["bfloat16", "float"]
         return [
             ("features", task["features"], 2 * tile if on_tensor_cores else tile, x),
             ("rows", task["rows"], task["rows_per_split"], y),
@@ -157,7 +169,7 @@ def call() -> Iterator[Callable[..., Any]]:
 @pytest.fixture(scope="module")
 def bounds() -> dict[str, int]:
     """Threads that a block of each kernel may have, by __launch_bounds__."""
-    return {kernel: threads for kernel, (_, threads) in ptx_kernels(CUDA_LIBRARY).items()}
+    return {kernel: threads for (kernel, _), threads in largest_blocks(CUDA_LIBRARY).items()}
 
 
 @pytest.fixture(scope="module")
@@ -189,16 +201,30 @@ def check_results(seen, *, rows, features, out_features, rank, dtype="bfloat16",
     assert seen["results"] == wanted
 
 
-def check_sizes(seen, *, rows, features, out_features, rank, **_):
+def check_sizes(seen, *, rows, features, out_features, rank, factor_dtype=None, **_):
     """Kernels are told the sizes of the problem, all 64 bits of them."""
     for launch in launches(seen):
-        task, kernel = fields(launch), short_name(launch["kernel"])
+        kernel = short_name(launch["kernel"])
+        if kernel.startswith("lora::sm90::"):
+            continue
+        task = fields(launch)
         if "shrink" in kernel:
             assert (task["rows"], task["rank"]) == (rows, rank) and task["depth"] in (features, out_features)
         elif "expand" in kernel:
             assert (task["rows"], task["rank"]) == (rows, rank) and task["columns"] in (features, out_features)
         elif "gradient" in kernel:
             assert (task["rows"], task["rank"]) == (rows, rank) and task["features"] in (features, out_features)
+        elif "factor_operand" in kernel:
+            assert {task["lines"], task["columns"]} <= {features, out_features, rank}
+        elif "operand" in kernel:
+            assert (task["rows"], task["stride"]) == (rows, -(-rank // 8) * 8)
+        elif "gemm" in kernel:
+            first, second = task["depth0"], task["depth1"]
+            base, low_rank = (second, first) if task["adapter0"] else (first, second)
+            ranks = 3 * -(-rank // 8) * 8 if factor_dtype == "float32" else rank
+            assert task["rows"] == rows and low_rank == ranks and task["count"] == 2
+            assert (base, task["columns"]) in ((features, out_features), (out_features, features))
+            assert task["adapter0"] + task["adapter1"] == 1 and task["masked"] == task["adapter0"]
 
 
 DTYPES = [
@@ -218,6 +244,61 @@ def test_launches_are_legal_on_every_gpu_and_dtype(lora, gpu, dtype, factor_dtyp
             seen = lora(gpu=gpu, dtype=dtype, factor_dtype=factor_dtype, rank=rank, dropout_p=dropout_p)
             kernels = " ".join(short_name(launch["kernel"]) for launch in launches(seen))
             assert all(name in kernels for name in ("shrink", "expand", "gradient"))
+
+
+HALVES = [("bfloat16", None), ("float16", None), ("bfloat16", "float32")]
+
+
+def kernels_of(seen: dict) -> list[str]:
+    """The names of what was launched, without options."""
+    return [re.sub(r"<.*|.*::", "", short_name(launch["kernel"]).partition("<")[0]) for launch in launches(seen)]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), HALVES)
+def test_a_forced_gemm_takes_the_place_of_both_up_projections(lora, gpu, dtype, factor_dtype):
+    for rank in (1, 8, 17, 200):
+        for dropout_p in (0.0, 0.5):
+            seen = lora(
+                gpu=gpu, dtype=dtype, factor_dtype=factor_dtype, rank=rank, dropout_p=dropout_p, forced="gemm_sm80"
+            )
+            kernels = kernels_of(seen)
+            assert kernels.count("gemm") == kernels.count("operand") == 2 and "expand" not in kernels
+            assert kernels.count("factor_operand") == (2 if factor_dtype else 0)
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype"), HALVES)
+def test_hopper_takes_its_gemm_where_nothing_must_be_copied(lora, dtype, factor_dtype):
+    sizes = {"gpu": "H100", "features": 256, "out_features": 512, "dtype": dtype, "factor_dtype": factor_dtype}
+    for dropout_p in (0.0, 0.5):
+        # lora_b of rank 9 would be copied, lora_a not.
+        for options, taken in (({}, 2), ({"forced": "vendor"}, 0), ({"rank": 9}, 1), ({"layout": "unaligned"}, 0)):
+            seen = lora(**sizes | {"dropout_p": dropout_p} | options)
+            names = [short_name(launch["kernel"]) for launch in launches(seen)]
+            assert sum(name.startswith("lora::sm90::gemm") for name in names) == taken
+            assert kernels_of(seen).count("expand") == 2 - taken
+
+
+def test_a_forced_gemm_is_legal_for_every_layout(lora):
+    for layout in ("contiguous", "sliced", "unaligned", "transposed", "expanded"):
+        for rows, features, rank in ((1, 193, 9), (3000, 192, 16)):
+            lora(rows=rows, features=features, rank=rank, layout=layout, dropout_p=0.5, forced="gemm_sm80")
+    for size in (INT32 - 1, INT32 + 1, MANY):
+        for axis in ("rows", "features", "out_features"):
+            lora(**({"rows": 3, "features": 24, "out_features": 16, "rank": 8, "forced": "gemm_sm80"} | {axis: size}))
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype"), [case for case in DTYPES if case not in HALVES])
+def test_a_plan_that_cannot_be_run_is_not_forced(lora, dtype, factor_dtype):
+    kernels = kernels_of(lora(dtype=dtype, factor_dtype=factor_dtype, forced="gemm_sm80"))
+    assert "gemm" not in kernels and kernels.count("expand") == 2
+
+
+def test_the_vendor_is_a_plan_and_an_unknown_one_is_an_error(lora):
+    assert "gemm" not in kernels_of(lora(forced="vendor"))
+    message = r"lora_linear: PEFTOPS_FORCE_PLAN is 'cutlass', but must be one of vendor, gemm_sm80, gemm_sm90"
+    with pytest.raises(standin.Failed, match=message):
+        lora(forced="cutlass")
 
 
 @pytest.mark.parametrize("current", [0, 1])
@@ -333,7 +414,7 @@ def planted(call) -> Callable[..., list[str]]:
     command = ["nvcc", "-std=c++17", "-arch=sm_80", "-cudart", "shared", "-Xcompiler", "-fPIC", "-shared", str(source)]
     target = standin.BUILD / f"faults-{standin.hash_of([source], *command)}" / "libfaults.so"
     library = standin.make(target, command)
-    own = {kernel: threads for kernel, (_, threads) in ptx_kernels(library).items()}
+    own = {kernel: threads for (kernel, _), threads in largest_blocks(library).items()}
 
     def run(name: str, count: int = 1000, how: str = "<<<>>>", **where) -> list[str]:
         seen = call("observe_launcher", library=str(library), name=name, count=count, **where)

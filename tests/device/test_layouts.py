@@ -90,11 +90,32 @@ def test_plain_rows_meet_in_one_bank(size):
 def test_no_phase_of_ldmatrix_has_a_conflict(printed):
     """Each of the four phases of each ldmatrix of each warp, in every product of the kernels."""
     products = [p for p in printed if p["kind"] == "product"]
-    assert len(products) == 8
+    assert len(products) == 10
     for product in products:
         phases = np.array(product["calls"]).reshape(-1, GROUPS)
         assert len(phases) and (phases % UNIT == 0).all()
         assert max(map(busiest, phases)) == 1, product["name"]
+
+
+GEMM_OPERAND, GEMM_RESULT = 128 * 32 * 2, 128 * 128 * 2  # bytes of tiles of the segmented GEMM
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "size"),
+    [("sent", "rows", GEMM_OPERAND), ("sent", "down", GEMM_OPERAND), ("loaded", "gemm", GEMM_RESULT)],
+)
+def test_a_gemm_moves_each_unit_of_its_tiles_once_without_a_conflict(printed, kind, name, size):
+    (calls,) = (p["calls"] for p in printed if (p["kind"], p.get("name")) == (kind, name))
+    assert sorted(calls) == list(range(0, size, UNIT))
+    assert max(map(busiest, np.array(calls).reshape(-1, GROUPS))) == 1
+
+
+def test_a_gemm_stores_each_pair_of_its_result_once_without_a_conflict(printed):
+    """A warp stores two 16-bit numbers a lane at once: no two lanes in one of the 32 banks."""
+    (calls,) = (p["calls"] for p in printed if p["kind"] == "stored")
+    assert sorted(calls) == list(range(0, GEMM_RESULT, 4))
+    for warp in np.array(calls).reshape(-1, 32):
+        assert len(set(warp // 4 % 32)) == 32
 
 
 def test_rows_of_the_up_projection_are_apart(printed):

@@ -48,6 +48,8 @@ def kit(setting: Setting) -> Iterator[Case]:
         if check.name != "poison":
             yield _kit(setting, contract, dtype, check)
     for contract in CONTRACTS.values():
+        if not contract.dtypes_on(setting.device.device):
+            continue
         name = contract.schema.partition("::")[2]
         yield Case(f"{name}-errors", lambda contract=contract: check_errors(contract, setting.device.device))
         for dtype in contract.dtypes_on(setting.device.device):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peftops.ops import lora_dropout_mask, lora_linear
@@ -71,13 +73,36 @@ def large(device: torch.device, index: int) -> tuple[Contract, Sample]:
     return _call(device, *LARGE[index])
 
 
+#: Plans for 16-bit types that a device may not take by itself.
+FORCED = ("gemm_sm80", "gemm_sm90")
+
+
+@contextmanager
+def taking(forced: str) -> Iterator[None]:
+    """The plan of this name is taken where it can be run; empty: the best."""
+    if forced:
+        os.environ["PEFTOPS_FORCE_PLAN"] = forced
+    try:
+        yield
+    finally:
+        os.environ.pop("PEFTOPS_FORCE_PLAN", None)
+
+
 def every_kernel(device: torch.device) -> Iterator[tuple[Contract, Sample]]:
-    """Small calls that reach every kernel of the family: each pair of dtypes, each width of a tile, with dropout."""
+    """Small calls that reach every kernel of the family: each pair of dtypes, each width of a tile, with dropout.
+
+    The last of them under plans that are forced: each must be made before the next is asked for.
+    """
     for dtype in DTYPES:
         for factors in dict.fromkeys((dtype, torch.float32)):
             for rank in (9, 40, 100):
                 for p in (0.0, 0.3):
                     yield _call(device, 70, 200, 90, rank, p, dtype, factors)
+    for forced in FORCED:
+        for dtype, factors in ((torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)):
+            for p in (0.0, 0.3):
+                with taking(forced):
+                    yield _call(device, 150, 200, 264, 9, p, dtype, factors)
 
 
 def _call(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 import torch
 from peftops.ops import lora_linear
@@ -22,22 +23,23 @@ from tests.gpu.cases import FAMILIES
 from tests.gpu.device import Cuda, Rehearsal, open_device
 
 
-def calls(device: torch.device) -> list[tuple[Contract, Sample]]:
-    found = [
-        (contract, sample) for contract, dtype in every(device) for sample in contract.sample_inputs(device, dtype, 0)
-    ]
-    return found + [call for family in FAMILIES for call in family.every_kernel(device)]
+def calls(device: torch.device) -> Iterator[tuple[Contract, Sample]]:
+    for contract, dtype in every(device):
+        for sample in contract.sample_inputs(device, dtype, 0):
+            yield contract, sample
+    for family in FAMILIES:
+        yield from family.every_kernel(device)
 
 
 def smoke(device: Cuda | Rehearsal) -> int:
     """Make every call once with and once without gradients; returns how many there were."""
-    made = calls(device.device)
-    for contract, sample in made:
+    made = 0
+    for made, (contract, sample) in enumerate(calls(device.device), 1):  # noqa: B007
         bound = bind(contract, sample)
         forward_of(contract.op, contract)(bound)
         results_of(contract.op, contract, randn_upstream(0))(bound)
         device.synchronize()
-    return len(made)
+    return made
 
 
 def plant(device: Cuda | Rehearsal, fault: str) -> None:

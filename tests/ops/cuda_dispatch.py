@@ -248,7 +248,7 @@ CHECKS: dict[str, Check] = {
 
 
 def cases() -> Iterator[tuple[str, Contract, torch.dtype, Check]]:
-    for contract in CONTRACTS.values():
+    for contract in (contract for contract in CONTRACTS.values() if contract.dtypes_on(CUDA)):
         for check in CHECKS.values():
             for dtype in (check.dtypes or contract.dtypes_on(CUDA)) if check.applies(contract) else ():
                 name = contract.schema.removeprefix("peftops::")

@@ -22,11 +22,26 @@ from peftops.testing import (
 )
 from peftops.testing import laws as law
 from peftops.testing.dispatch import check_errors, check_samples
+from peftops.testing.gradients import integer_upstream, randn_upstream
 from peftops.testing.philox import KNOWN_ANSWERS
-from peftops.testing.samples import clone_layout, expansions, power_of_two, redraw, relayouts, same_bits, storage_bytes
+from peftops.testing.samples import (
+    asking,
+    bind,
+    call,
+    call_grouped,
+    carrying,
+    clone_layout,
+    expansions,
+    integers,
+    power_of_two,
+    redraw,
+    relayouts,
+    same_bits,
+    storage_bytes,
+)
 from peftops.testing.tolerance import assert_masks
 
-from tests.testing import faults
+from tests.testing import faults, list_faults
 
 
 def expect(*values, low_error=0.0, dtype=torch.float32):
@@ -132,6 +147,29 @@ def test_same_bits_tells_signed_zeros_and_accepts_nan():
 
 def test_power_of_two_rounds_to_the_nearest():
     assert [power_of_two(v) for v in (0.0, 1.0, 0.75, 3.1, -2.0, 0.26)] == [0.0, 1.0, 1.0, 4.0, -2.0, 0.25]
+
+
+def test_scales_stay_powers_of_two_among_integers():
+    bound = {"scales": torch.tensor([0.75, 9.0, -0.26, 7.0, 0.0])[::2], "x": torch.full((64,), 0.5)}
+    changed = integers(bound, 0, density=0.5, magnitude=2)
+    assert changed["scales"].tolist() == [1.0, -0.25, 0.0] and changed["scales"].stride() == (2,)
+    assert 0 < changed["x"].count_nonzero() < 64
+
+
+def test_lists_are_walked_tensor_by_tensor():
+    sample = next(s for s in list_faults.samples("cpu", torch.float32, 0) if s.label == "three")
+    bound = bind(list_faults.CLEAN, sample)
+    names = asking(list_faults.CLEAN, bound)
+    assert names == ("x", *(f"{name}[{j}]" for name in ("weights", "biases") for j in range(3)))
+    (results,) = groups = call_grouped(list_faults.reference, list_faults.CLEAN, bound)
+    assert [y.shape[-1] for y in results] == [4, 17, 4] and carrying(list_faults.CLEAN, groups) == list(results)
+    assert len(call(list_faults.reference, list_faults.CLEAN, bound)) == 3
+
+
+@pytest.mark.parametrize("upstream", [randn_upstream, integer_upstream])
+def test_results_of_one_shape_get_gradients_of_their_own(upstream):
+    result = torch.zeros(50)
+    assert not torch.equal(upstream(0)(result, 0), upstream(0)(result, 1))
 
 
 def test_poison_fills_and_is_taken_back():

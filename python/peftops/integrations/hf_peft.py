@@ -4,6 +4,7 @@
 
     model = peft.get_peft_model(base, peft.LoraConfig(...))
     hf_peft.accelerate(model)       # how many layers now run on peftops.ops.lora_linear
+    hf_peft.accelerate(model, share_inputs=True)  # and q, k and v, gate and up in one call of it
     print(hf_peft.coverage(model))  # every LoRA layer, and why it was left alone
     hf_peft.undo(model)             # PEFT's own classes again
 
@@ -23,13 +24,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..nn import sharing
 
-def accelerate(model: nn.Module) -> int:
+
+def accelerate(model: nn.Module, share_inputs: bool = False) -> int:
     """Put the LoRA layers of a PEFT model on the fused operator, in place; returns how many were.
 
     Call it again after adapters with new target modules were added; layers that are fused already stay so. Layers that
     cannot be fused stay as they are (:func:`coverage` names the reasons), and a fused layer hands every call that the
     operator cannot take to PEFT's own forward.
+
+    share_inputs: whether projections that read the same input (q, k and v; gate and up) are computed in one operator
+        call, see :mod:`peftops.nn.sharing`; the last call counts.
 
     Raises TypeError where `model` is no module, ValueError where it holds no LoRA layer of PEFT's, ImportError without
     the package `peft`.
@@ -40,6 +46,10 @@ def accelerate(model: nn.Module) -> int:
     swapped = [layer for layer in swapped if type(layer) is not fused]
     for layer in swapped:
         fused.take_over(layer)
+    if share_inputs:
+        sharing.share_inputs(model, fused)
+    else:
+        sharing.unshare_inputs(model)
     return len(swapped)
 
 

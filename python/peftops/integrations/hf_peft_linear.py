@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .._load import cuda_error
 from ..nn.adapter import name_of, scalar
 from ..nn.dtensor import is_dtensor
+from ..nn.sharing import Member, Operands, intercepted
 from ..ops import lora_linear
 
 _PLAIN = (nn.Parameter, Tensor, FakeTensor)
@@ -35,7 +36,7 @@ def base_obstacle(base: nn.Module, at_rest: bool = False) -> str | None:
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
         return f"its base layer is a {kind.__name__}, neither exactly nn.Linear nor transformers' Conv1D"
-    if _intercepted(base):
+    if intercepted(base):
         return "its base layer carries hooks or a forward of its own"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if weight is None:
@@ -78,7 +79,7 @@ def adapter_obstacle(
         return f"its dropout is a {type(dropout).__name__}"
     if type(dropout) is nn.Dropout and (dropout.inplace or not 0 <= dropout.p < 1):
         return f"its dropout has p={dropout.p:g}, inplace={dropout.inplace}"
-    if _intercepted(down) or _intercepted(up) or _intercepted(dropout):
+    if intercepted(down) or intercepted(up) or intercepted(dropout):
         return "its lora_A, lora_B or lora_dropout carries hooks or a forward of its own"
     a, b = down._parameters.get("weight"), up._parameters.get("weight")
     if (type(a) not in _PLAIN or type(b) not in _PLAIN) and not (at_rest and is_dtensor(a) and is_dtensor(b)):
@@ -109,17 +110,6 @@ def call_obstacle(x: Tensor, weight: Tensor, autocast: bool) -> str | None:
     elif x.dtype != weight.dtype:
         return f"the input is {name_of(x.dtype)}, the weight {name_of(weight.dtype)}"
     return None
-
-
-def _intercepted(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__
-    )
 
 
 # ---- numbers as tensors ----------------------------------------------------------------------------------------------
@@ -195,7 +185,7 @@ def _has_number(scaling: dict[str, float], name: str) -> bool:
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
-class FusedLinear(Linear):
+class FusedLinear(Member, Linear):
     """PEFT's `lora.Linear`, x [..., in_features] -> [..., out_features], on :func:`peftops.ops.lora_linear`.
 
     Made from a loaded layer by a change of its class (:func:`peftops.integrations.hf_peft.accelerate`). A call that the
@@ -213,6 +203,7 @@ class FusedLinear(Linear):
         """Make the layer PEFT's own again, in place."""
         scaling = dict(self.scaling)
         del self._gates, self._unmerges, self._device_obstacle
+        self.__dict__.pop("sharing", None)
         self.__class__ = Linear
         self.scaling = scaling
         return self
@@ -231,7 +222,20 @@ class FusedLinear(Linear):
         names = self._active()
         if not names or self._obstacle(x, names, compiling) is not None:
             return super().forward(x)
-        return self._fused(x, names, gated=False)
+        y = self.shared_output(x) if len(names) == 1 else None
+        return self._fused(x, names, gated=False) if y is None else y
+
+    def operands(self, x: Tensor) -> Operands | None:
+        names = () if self._disable_adapters or self.merged_adapters else self._active()
+        base = self._modules["base_layer"]
+        if len(names) != 1 or type(base) is not nn.Linear or self._obstacle(x, names, False) is not None:
+            return None
+        (name,) = names
+        down, up = (part._parameters for part in parts(self, name)[:2])
+        if up["bias"] is not None:
+            return None
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        return Operands(weight, bias, down["weight"], up["weight"], self.scaling.tensors[name], self._dropout(name))
 
     def _active(self) -> list[str]:
         present, active = self._modules["lora_A"]._modules, self._active_adapter

@@ -5,6 +5,7 @@ from .check_trainable import Finding, TrainableReport, check_trainable
 from .combine import Combination, CombinedLayer, combine
 from .lora import LoRA
 from .merge_report import LayerError, MergeReport, OutputChange
+from .multi_lora import MultiLoRA
 from .summary import Summary, TrainedModule
 from .tuning import Tuning
 
@@ -15,6 +16,7 @@ __all__ = [
     "LayerError",
     "LoRA",
     "MergeReport",
+    "MultiLoRA",
     "OutputChange",
     "Summary",
     "TrainableReport",

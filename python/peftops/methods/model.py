@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from ..nn.grouped import GroupedLike
 from ..nn.lora import LoRALayer
 
 
@@ -22,6 +23,8 @@ def plain_model(model: nn.Module, action: str) -> nn.Module:
             f"{action}: the model carries an adapter already ({present[0]}, ...); add() puts another one beside it, "
             "detach() takes it out"
         )
+    if any(isinstance(module, GroupedLike) for module in model.modules()):
+        raise RuntimeError(f"{action}: the model serves the adapters of a MultiLoRA; detach() takes them out")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise RuntimeError(
             f"{action}: the model carries Hugging Face PEFT adapters; merge or unload them first, or use "

@@ -13,7 +13,9 @@ from torch import nn
 from ..nn import inits
 from ..nn.adapter import check_name
 from ..nn.dtensor import is_dtensor
+from ..nn.linear import LinearLike, LoRALinear
 from ..nn.lora import LoRALayer
+from ..nn.sharing import share_inputs
 from .entry import Entry, active_weights, check_apart, fill, flags_kept, read, take_out
 from .files import save_adapter
 from .lora import LoRA, Plan, plan
@@ -39,9 +41,10 @@ class Tuning:
         what: Plan,
         trainable: bool,
         values: dict[str, torch.Tensor] | None = None,
+        sharing: bool = False,
     ):
         check_name(name)
-        self.model = model
+        self.model, self._sharing = model, sharing
         self._attached, self._disabled = True, False
         self._entries: dict[str, Entry] = {}
         self.active: dict[str, float] = {}
@@ -171,6 +174,7 @@ class Tuning:
                 if path in layers
             }
             fill(self.model, name, {path: adapter for path, adapter in layers.items() if path not in places}, factors)
+        self._group()
         for path, layer in places.items():
             if path in layers:
                 layer.take_(name, layers[path], ready[path])
@@ -282,6 +286,32 @@ class Tuning:
         for layer in self._layers().values():
             layer.unmerge()
 
+    # ---- few rows on the CPU -------------------------------------------------------------------------------------
+
+    def prepack(self) -> int:
+        """For generating text on the CPU: hold a second copy of every adapted linear weight in the order in which
+        calls of few rows (64 at most) without gradients read it. Returns the bytes of the copies.
+
+        They follow the weights, are in no file and go with :meth:`unpack` and :meth:`detach`; layers adapted later have
+        none. The last bits of such calls differ from those without.
+
+        Raises RuntimeError where an adapted linear layer is not on the CPU; nothing is held then.
+        """
+        self._check("prepack")
+        layers = [layer for layer in self._layers().values() if isinstance(layer, LinearLike)]
+        try:
+            return sum(layer.prepack_() for layer in layers)
+        except BaseException:
+            self.unpack()
+            raise
+
+    def unpack(self) -> None:
+        """Free the copies of :meth:`prepack`."""
+        self._check("unpack")
+        for layer in self._layers().values():
+            if isinstance(layer, LinearLike):
+                layer.unpack_()
+
     # ---- switching off -------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -345,6 +375,11 @@ class Tuning:
             saved.assign(values)
         self._entries[name] = Entry(method, list(what.layers), saved, trainable, what.skipped, [])
         self._set_factor_flags(name)
+        self._group()
+
+    def _group(self) -> None:
+        if self._sharing:
+            share_inputs(self.model, LoRALinear)
 
     def _apply_activation(self) -> None:
         """Bring scales and the modules that are trained whole in line with `active`."""

@@ -2,6 +2,16 @@
 
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding
+from .fused import LoRAFusedLinear
+from .grouped import GroupedLoRALinear
 from .linear import LoRALinear
 
-__all__ = ["LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRAEmbedding", "LoRALinear"]
+__all__ = [
+    "GroupedLoRALinear",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
+    "LoRAFusedLinear",
+    "LoRALinear",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .grouped import GroupedLike
 from .linear import LinearLike
 
 
@@ -25,6 +26,19 @@ class LoRAConv1D(LinearLike, Conv1D):
     @staticmethod
     def _stored(matrix: Tensor) -> Tensor:
         return matrix.t()
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"
+
+
+class GroupedLoRAConv1D(GroupedLike, Conv1D):
+    """`Conv1D` with stacked adapters, one for each row of a batch."""
+
+    _base_class = Conv1D
+    __repr__ = nn.Module.__repr__
+
+    def _weight(self) -> Tensor:
+        return self.weight.t()
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"

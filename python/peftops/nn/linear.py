@@ -11,10 +11,14 @@ from ..ops import lora_linear
 from . import inits
 from .adapter import Adapter, factor_dtype
 from .lora import LoRALayer
+from .packed import PackedWeight
+from .sharing import Member, Operands
 
 
 class LinearLike(LoRALayer):
     """LoRA on a layer whose base product is a linear one, on the operator :func:`peftops.ops.lora_linear`."""
+
+    packed: PackedWeight | None = None
 
     # The operator's view of the base weight, [out_features, in_features].
     def _weight(self) -> Tensor:
@@ -39,6 +43,29 @@ class LinearLike(LoRALayer):
     def _product(self, a, b):
         return self._stored(b @ a)
 
+    def prepack_(self) -> int:
+        """Hold a packed copy of the base weight for calls of few rows (:data:`peftops.nn.packed.MOST_ROWS`) without
+        gradients on the CPU; its bytes. It follows the weight, is in no state_dict, and copies of the layer make their
+        own. The base product then is the packed kernel's, whose last bits differ.
+
+        Raises RuntimeError where the weight is not on the CPU or was made in inference mode.
+        """
+        weight = self._weight()
+        if weight.device.type != "cpu" or weight.is_inference():
+            what = "was made in inference mode" if weight.device.type == "cpu" else f"is on {weight.device}"
+            raise RuntimeError(f"prepack: the weight {what}; packed weights are for inference on the CPU")
+        self.packed = PackedWeight()
+        return self.packed(weight).nbytes
+
+    def unpack_(self) -> None:
+        """Free the packed copy."""
+        self.packed = None
+
+    def _apply(self, fn, recurse=True):
+        if self.packed is not None:
+            self.packed.drop()
+        return super()._apply(fn, recurse)
+
     def _adapted(self, x, names):
         bias = self._bias_with(names)
         if len(names) == 1:
@@ -56,6 +83,11 @@ class LinearLike(LoRALayer):
 
     def _fused(self, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         p, seed = self._dropout(name), None
+        if self.packed is not None and p == 0 and not torch.compiler.is_compiling():
+            operands = self._weight(), bias, self.lora_a[name], self.lora_b[name], self._scale(name)
+            y = self.packed.output(x, *operands)
+            if y is not None:
+                return y
         if p > 0:
             seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
         return lora_linear(x, self._weight(), bias, self.lora_a[name], self.lora_b[name], self._scale(name), p, seed)
@@ -73,7 +105,7 @@ class LinearLike(LoRALayer):
         return (self._scale(name) * low).to(x.dtype)
 
 
-class LoRALinear(LinearLike, nn.Linear):
+class LoRALinear(Member, LinearLike, nn.Linear):
     """`nn.Linear` with LoRA adapters on the operator :func:`peftops.ops.lora_linear`; made by :meth:`from_linear`.
 
     weight [out_features, in_features] and bias [out_features] are frozen; lora_a [rank, in_features] and lora_b
@@ -109,3 +141,17 @@ class LoRALinear(LinearLike, nn.Linear):
         alpha = rank if alpha is None else alpha
         adapter = Adapter(rank, alpha, dropout, use_rslora, init, adapter_dtype, lora_bias)
         return cls._around(linear, adapter, "from_linear")
+
+    def _adapted(self, x, names):
+        y = self.shared_output(x) if len(names) == 1 and self.packed is None else None
+        return super()._adapted(x, names) if y is None else y
+
+    def operands(self, x):
+        names = () if self.merged else self._computed()
+        if len(names) != 1 or self.adapters[names[0]].lora_bias:
+            return None
+        (name,) = names
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None:
+            return None
+        return Operands(weight, bias, self.lora_a[name], self.lora_b[name], self._scale(name), self._dropout(name))

@@ -29,7 +29,7 @@ from .dtensor import is_dtensor
 
 # Everything that adapt_ gives to a layer: remove_ takes it away again.
 _ADDED = ("adapters", "active", "disabled", "merged", "initial", "_kept", "_original")
-_ADDED += ("lora_a", "lora_b", "lora_bias", "lora_scale")
+_ADDED += ("lora_a", "lora_b", "lora_bias", "lora_scale", "sharing", "packed")
 # Base class -> LoRA class; each LoRA class enters itself.
 _CLASSES: dict[type[nn.Module], type[LoRALayer]] = {}
 
@@ -115,7 +115,7 @@ class LoRALayer(nn.Module):
         layer.adapters, layer.active, layer.initial = {}, {}, {}
         layer.disabled, layer.merged, layer._kept, layer._original = False, False, None, None
         layer.lora_a, layer.lora_b, layer.lora_bias = ByName(), ByName(), ByName()
-        layer.lora_scale = Scales()
+        layer.lora_scale, layer.sharing, layer.packed = Scales(), None, None
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(False)
         layer._insert(name, adapter, *ready)

@@ -42,6 +42,7 @@ class Contract:
     rows: names of the arguments whose first dimension counts tokens, which may differ from call to call without a
         recompilation; empty where the schema has none.
     differentiable_results: positions of the results that carry a gradient, where `differentiable` is not empty.
+    devices: types of the devices that the schema has kernels for.
     """
 
     schema: str
@@ -54,6 +55,7 @@ class Contract:
     autocast: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     differentiable_results: tuple[int, ...] = (0,)
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def op(self) -> torch._ops.OpOverload:
@@ -63,7 +65,9 @@ class Contract:
         return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
 
     def dtypes_on(self, device: torch.device) -> tuple[torch.dtype, ...]:
-        """The activation dtypes the schema takes on `device`: float64 has CPU kernels only."""
+        """The activation dtypes the schema takes on `device`, none where it has no kernels; float64 is for the CPU."""
+        if device.type not in self.devices:
+            return ()
         return tuple(dtype for dtype in self.dtypes if device.type == "cpu" or dtype != torch.float64)
 
 
