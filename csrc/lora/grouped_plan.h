@@ -8,7 +8,7 @@ namespace peftops::lora {
 
 constexpr int kGroupThreads = 256;
 constexpr int64_t kFewTokens = kGroupThreads;      // up to here one block compares every token with every other
-constexpr int kListThreads = 1024;
+constexpr int kListThreads = 512;
 constexpr int64_t kLeastExpandColumns = 256;       // of a block, which first waits for its tile, its tokens and their sums
 constexpr int kGroupedFinishElements = 1024;       // of a block of kFinishThreads
 
