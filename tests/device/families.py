@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 #: Threads of a block that groups tokens, and of the one that lists tiles; elements of a block that finishes.
-GROUP_THREADS, LIST_THREADS, MAX_GRID_Y = 256, 1024, 65535
+GROUP_THREADS, LIST_THREADS, MAX_GRID_Y = 256, 512, 65535
 
 Walk = tuple[str, int, int, int]
 
