@@ -11,21 +11,21 @@ from peftops import _C
 
 from tests.host.test_plan import (
     DEVICES,
-    ELEMENT_BYTES,
     SHARED_MEMORY,
     TILE,
     assert_covers,
     assert_grid,
     blocks,
-    bytes_of,
     devices,
     downs,
     gradient_features,
     limit_of,
 )
 
+ELEMENT_BYTES = (2, 4)  # of what is multiplied: on tensor cores, in float32
 FEW_TILE, FEW_DEPTH, FEW_COLUMNS = 16, 256, 256
 rows_of = st.sampled_from([1, 15, 16, 17, 64, 65, 255, 256, 257, 4096, 2**31 - 2000]) | st.integers(1, 2**20)
+bytes_of = st.sampled_from(ELEMENT_BYTES)
 few_rows = st.integers(1, _C.grouped_few_tokens)
 counts = st.sampled_from([0, 1, 2, 64, 1024, 2**20]) | st.integers(0, 5000)
 sizes = st.sampled_from([0, 1, 63, 64, 65, 4096, 14336, 2**21]) | st.integers(0, 2**21)
@@ -89,7 +89,7 @@ def test_grouped_gradient(rows, features, rank, adapters, element_bytes, name):
         rows, features, rank, adapters, element_bytes, DEVICES[name]
     )
     assert parts == _C.grouped_part_slots(rows, adapters, length)
-    assert_covers(features, feature_blocks, gradient_features(element_bytes))
+    assert_covers(features, feature_blocks, gradient_features((element_bytes, 1)))
     assert_covers(rank, rank_blocks, width)
     assert length % TILE == 0 and 0 < memory <= limit_of(name)
     assert element_bytes == 2 or length <= 2048 or rows > 64 * 2048, "float32 sums stay short"
