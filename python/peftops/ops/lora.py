@@ -11,7 +11,8 @@ and one bit per element of x:
 
     dS = scale / (1 - p) * dY B     dB = dY^T S     dA = dS^T keep(x)     dX = dY W + keep(dS A)
 
-scale is not differentiated. A scale of 0 means no adapter: y has the base linear's bits, lora_a and lora_b get zeros.
+scale is not differentiated. A scale of 0 means no adapter: y is the base linear's, to the bit where the vendor's GEMM
+makes the base product (csrc/lora/README.md, "Plans"); lora_a and lora_b get zeros.
 """
 
 from __future__ import annotations
