@@ -71,7 +71,7 @@ def cuda(runtime: str | None) -> dict:
         assert peftops._load.cuda_error() is None, peftops._load.cuda_error()
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("peftops::")]
     without = {name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")}
-    assert names and without == CPU_ONLY, f"no CUDA kernel for {without}"
+    assert names and without <= CPU_ONLY, f"no CUDA kernel for {without}"
     assert not torch.cuda.is_initialized(), "the CUDA library started CUDA"
     return {"torch": torch.__version__, "runtime": "its own" if runtime is None else "another", "operators": len(names)}
 
