@@ -17,10 +17,11 @@ from peftops.testing.samples import bind, floating, fresh, same_bits
 from peftops.testing.suite import Check, chosen
 from peftops.testing.values import check_exact, forward_of, results_of
 
+import tests.gpu
 from tests.device import emulate
 from tests.device.recording import GPUS, LAUNCHES, Gpu, Runtime
 from tests.device.standin import runs_in
-from tests.gpu import lora
+from tests.gpu import grouped, lora, multi  # noqa: F401  (named in RANDOM_CALLS)
 from tests.gpu.lora import taking
 
 emulated = runs_in("emulator")
@@ -38,7 +39,7 @@ LOOPS = ("exact", "poison", "gradients")
 FORCED = ("gemm_sm80",)
 HALVES = (torch.bfloat16, torch.float16)
 SHUFFLES = 4
-RANDOM_CALLS, MOST_ROWS = 60, 300
+RANDOM_CALLS, MOST_ROWS = {"lora": 60, "grouped": 30, "multi": 30}, 300
 
 
 def check_of(name: str) -> Check:
@@ -144,11 +145,12 @@ def test_the_order_of_blocks_warps_and_lanes_does_not_change_a_bit(schema, dtype
 
 
 @pytest.mark.parametrize("gpu", DEVICES)
+@pytest.mark.parametrize("family", RANDOM_CALLS)
 @emulated
-def test_random_calls_are_exact_on_integers(gpu, seed):
+def test_random_calls_are_exact_on_integers(gpu, family, seed):
     use(gpu, seed)
-    for index in range(RANDOM_CALLS):
-        contract, sample = lora.fuzz(CUDA, seed, index)
+    for index in range(RANDOM_CALLS[family]):
+        contract, sample = getattr(tests.gpu, family).fuzz(CUDA, seed, index)
         if sample.args[0].shape[0] > MOST_ROWS:
             continue
         try:

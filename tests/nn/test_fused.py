@@ -56,12 +56,13 @@ def compare(fused, x, tolerance=1e-5, **how):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("wide", [False, True], ids=["", "float32 factors"])
-def test_as_the_projections_one_by_one(calls, p, dtype, wide):
-    if wide and dtype != torch.bfloat16:
-        pytest.skip("float32 factors are for a 16-bit base")
-    fused = layers(dtype, dropout=p, adapter_dtype=torch.float32 if wide else None)
+@pytest.mark.parametrize(
+    ("dtype", "factors"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float64, None)],
+    ids=str,
+)
+def test_as_the_projections_one_by_one(calls, p, dtype, factors):
+    fused = layers(dtype, dropout=p, adapter_dtype=factors)
     x = torch.randn(2, 9, 20).to(dtype)
     compare(fused, x, {torch.bfloat16: 2e-2, torch.float64: 1e-12}.get(dtype, 1e-5))
     assert calls == [3]

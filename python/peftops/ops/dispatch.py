@@ -21,6 +21,22 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
+def without_gradient(name: str, forward: Callable) -> type[Function]:
+    """The function of a backward operator, whose own gradient is refused with an error in the name of `name`."""
+
+    class Backward(Function):
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *_grads):
+            raise RuntimeError(f"{name}: double backward is not supported (backward was called with create_graph=True)")
+
+    Backward.forward = staticmethod(forward)
+    return Backward
+
+
 def below_autograd(op, args):
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -53,6 +69,18 @@ def _outside_autocast(keys, call: Callable) -> Callable:
             return call(*args)
 
     return autocast
+
+
+def autocast_linear(device: str, overload) -> Callable:
+    """The rule of operators that begin as lora_linear does: x, weight and bias go to the autocast dtype, as for
+    nn.Linear; the factors stay as they are.
+    """
+
+    def call(x, weight, bias, lora_a, lora_b, *rest):
+        x, weight, bias = (autocast_cast(t, device) for t in (x, weight, bias))
+        return overload(x, weight, bias, *autocast_factors(x, lora_a, lora_b), *rest)
+
+    return call
 
 
 def autocast_cast(tensor: Tensor | None, device: str) -> Tensor | None:

@@ -30,13 +30,13 @@ from torch.nn.functional import linear
 from .contract import Contract, ErrorSample, Sample, register
 from .dispatch import (
     Function,
-    autocast_cast,
-    autocast_factors,
+    autocast_linear,
     below_autograd,
     differentiate,
     library,
     records,
     register_autocast,
+    without_gradient,
 )
 from .lora import accumulator_of, rows_of
 
@@ -183,22 +183,9 @@ class _GroupedLoRALinear(Function):
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
-class _GroupedLoRALinearBackward(Function):
-    """grouped_lora_linear_backward, whose own gradient is refused."""
-
-    @staticmethod
-    def forward(*args):
-        return below_autograd(_ops.grouped_lora_linear_backward.default, args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError(
-            "grouped_lora_linear: double backward is not supported (backward was called with create_graph=True)"
-        )
+_GroupedLoRALinearBackward = without_gradient(
+    "grouped_lora_linear", lambda *args: below_autograd(_ops.grouped_lora_linear_backward.default, args)
+)
 
 
 def _grouped_lora_linear(x, weight, bias, lora_a, lora_b, scales, adapter_ids, ranks=None):
@@ -225,17 +212,7 @@ library.impl(
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 
-def _autocast(device: str, overload):
-    """x, weight and bias go to the autocast dtype, as for nn.Linear; the factors stay as they are."""
-
-    def call(x, weight, bias, lora_a, lora_b, *rest):
-        x, weight, bias = (autocast_cast(t, device) for t in (x, weight, bias))
-        return overload(x, weight, bias, *autocast_factors(x, lora_a, lora_b), *rest)
-
-    return call
-
-
-register_autocast(_ops.grouped_lora_linear.default, _autocast)
+register_autocast(_ops.grouped_lora_linear.default, autocast_linear)
 register_autocast(_ops.grouped_lora_linear_forward.default)
 register_autocast(_ops.grouped_lora_linear_backward.default)
 

@@ -25,13 +25,13 @@ from torch import Tensor
 from .contract import Contract, ErrorSample, Sample, register
 from .dispatch import (
     Function,
-    autocast_cast,
-    autocast_factors,
+    autocast_linear,
     below_autograd,
     differentiate,
     library,
     records,
     register_autocast,
+    without_gradient,
 )
 
 _ops = torch.ops.peftops
@@ -282,20 +282,9 @@ class _LoRALinear(Function):
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-class _LoRALinearBackward(Function):
-    """lora_linear_backward, whose own gradient is refused."""
-
-    @staticmethod
-    def forward(*args):
-        return below_autograd(_ops.lora_linear_backward.default, args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError("lora_linear: double backward is not supported (backward was called with create_graph=True)")
+_LoRALinearBackward = without_gradient(
+    "lora_linear", lambda *args: below_autograd(_ops.lora_linear_backward.default, args)
+)
 
 
 def _lora_linear(x, weight, bias, lora_a, lora_b, scale=1.0, dropout_p=0.0, seed=None):
@@ -327,18 +316,8 @@ library.impl(
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 
-def _autocast(device: str, overload):
-    """x, weight and bias go to the autocast dtype, as for nn.Linear; the factors stay as they are."""
-
-    def call(x, weight, bias, lora_a, lora_b, *rest):
-        x, weight, bias = (autocast_cast(t, device) for t in (x, weight, bias))
-        return overload(x, weight, bias, *autocast_factors(x, lora_a, lora_b), *rest)
-
-    return call
-
-
-register_autocast(_ops.lora_linear.default, _autocast)
-register_autocast(_ops.lora_linear.tensor_scale, _autocast)
+register_autocast(_ops.lora_linear.default, autocast_linear)
+register_autocast(_ops.lora_linear.tensor_scale, autocast_linear)
 register_autocast(_ops.lora_linear_forward.default)
 register_autocast(_ops.lora_linear_backward.default)
 

@@ -34,6 +34,7 @@ from .dispatch import (
     library,
     records,
     register_autocast,
+    without_gradient,
 )
 
 _ops = torch.ops.peftops
@@ -229,26 +230,16 @@ class _LoRALinearMulti(Function):
         return (grad_x if need_x else None, None, None, None, *found)
 
 
-class _LoRALinearMultiBackward(Function):
-    """lora_linear_multi_backward, whose own gradient is refused: `rest`, then *grads, *weights, *lora_a, *lora_b."""
+def _flat_backward(rest, x, scales, s, masks, *flat):
+    """lora_linear_multi_backward: `rest`, then *grads, *weights, *lora_a, *lora_b."""
+    dropout_p, needs = rest
+    grads, *operands = _in_lists(flat, 4)
+    args = (grads, x, *operands, scales, dropout_p, s, masks, *needs)
+    grad_x, *found = below_autograd(_ops.lora_linear_multi_backward.default, args)
+    return (grad_x, *(g for part in found for g in part))
 
-    @staticmethod
-    def forward(rest, x, scales, s, masks, *flat):
-        dropout_p, needs = rest
-        grads, *operands = _in_lists(flat, 4)
-        args = (grads, x, *operands, scales, dropout_p, s, masks, *needs)
-        grad_x, *found = below_autograd(_ops.lora_linear_multi_backward.default, args)
-        return (grad_x, *(g for part in found for g in part))
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError(
-            "lora_linear_multi: double backward is not supported (backward was called with create_graph=True)"
-        )
+_LoRALinearMultiBackward = without_gradient("lora_linear_multi", _flat_backward)
 
 
 def _lora_linear_multi(x, weights, biases, lora_a, lora_b, scales, dropout_p=0.0, seeds=None):
